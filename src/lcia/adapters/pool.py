@@ -1,0 +1,146 @@
+"""The pool: one named PEFT adapter per group on one frozen model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from lcia.backbone.loading import weights_sha256
+from lcia.errors import UserError
+from lcia.seeds import stable_seed
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class AdapterPool:
+    """Named LoRA adapters (arXiv 2106.09685) on a frozen model; at most one is trained at a time.
+
+    The base stays in its own dtype, adapters are fp32: averages and small updates need the digits.
+    """
+
+    def __init__(self, base: PreTrainedModel, lora: dict[str, Any], base_name: str, seed: int = 0) -> None:
+        self._base = base
+        self._lora = lora
+        self._base_name = base_name
+        self._seed = seed
+        self._peft: PeftModel | None = None
+
+    @property
+    def model(self) -> PeftModel | PreTrainedModel:
+        """The model to call: the base itself before the first adapter exists."""
+        return self._base if self._peft is None else self._peft
+
+    @property
+    def names(self) -> list[str]:
+        return [] if self._peft is None else list(self._peft.peft_config)
+
+    def add(self, name: str, start: str | None = None) -> None:
+        """A new adapter: with the weights of `start`, else random A and zero B (the base model's function)."""
+        if name in self.names:
+            raise ValueError(f"adapter {name!r} exists already")
+        config = LoraConfig(task_type="CAUSAL_LM", **self._lora)
+        # The start must not depend on what was drawn before, or a longer stream would differ from a shorter one.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT asks transformers under a name that transformers has renamed; nothing a user could do.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            torch.manual_seed(stable_seed(self._seed, name))
+            if self._peft is None:
+                self._peft = get_peft_model(self._base, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
+        if start is not None:
+            source, target = self.parameters(start), self.parameters(name)
+            with torch.no_grad():
+                for key, parameter in target.items():
+                    parameter.copy_(source[key.replace(f".{name}.", f".{start}.")])
+
+    def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
+        """{full parameter name: parameter} of one adapter, in the model's order."""
+        self._require(name)
+        marker = f".{name}."
+        found = {
+            key: parameter
+            for key, parameter in self.model.named_parameters()
+            if "lora_" in key and marker in key  # a module of the base may bear the group's name
+        }
+        if not found:
+            raise RuntimeError(f"adapter {name!r} has no parameters")
+        return found
+
+    def train_only(self, name: str) -> dict[str, torch.nn.Parameter]:
+        """Make `name` the active adapter and the only thing that trains; checked, not assumed.
+
+        Returns its parameters.
+        """
+        self._require(name)
+        assert self._peft is not None
+        self._peft.set_adapter(name)
+        mine = self.parameters(name)
+        for key, parameter in self._peft.named_parameters():
+            parameter.requires_grad_(key in mine)
+        trained = {key for key, parameter in self._peft.named_parameters() if parameter.requires_grad}
+        if trained != set(mine):
+            raise RuntimeError(f"adapter {name!r}: {len(trained ^ set(mine))} parameters are wrongly (un)trained")
+        return mine
+
+    @contextlib.contextmanager
+    def active(self, name: str | None) -> Iterator[PeftModel | PreTrainedModel]:
+        """The model answering with adapter `name`; None is the base model, bit for bit."""
+        if self._peft is None or name is None:
+            if name is not None:
+                self._require(name)
+            with contextlib.nullcontext() if self._peft is None else self._peft.disable_adapter():
+                yield self.model
+            return
+        self._require(name)
+        self._peft.set_adapter(name)
+        yield self._peft
+
+    def sha256(self, name: str) -> str:
+        """Content hash of one adapter's weights, independent of its name."""
+        return weights_sha256({key.replace(f".{name}.", "."): value for key, value in self.parameters(name).items()})
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write `adapter_model.safetensors` and `adapter_config.json`: plain PEFT loads the folder."""
+        self._require(name)
+        assert self._peft is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(self._peft, adapter_name=name)
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
+        config = copy.copy(self._peft.peft_config[name])
+        config.base_model_name_or_path = self._base_name  # PEFT puts the local cache folder here
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+
+    def load(self, name: str, folder: Path) -> None:
+        """Read an adapter that `save` wrote, adding it when it is new.
+
+        Raises:
+            UserError: files are missing, or do not fit this model and these LoRA settings.
+        """
+        path = folder / WEIGHTS_FILE
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the pool's adapter {name!r} cannot be loaded")
+        try:
+            state = load_file(path)
+        except Exception as error:  # safetensors raises its own type for each kind of damage
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+        if name not in self.names:
+            self.add(name)
+        expected = get_peft_model_state_dict(self._peft, adapter_name=name)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+            raise UserError(f"{path}: its weights do not fit this model and lora_r, lora_target_modules")
+        set_peft_model_state_dict(self._peft, state, adapter_name=name)
+
+    def _require(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"no adapter {name!r}; the pool has {self.names}")

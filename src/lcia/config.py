@@ -1,0 +1,153 @@
+"""The configuration: one flat YAML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lcia.errors import UserError, did_you_mean
+
+# TrainingArguments that the run sets itself: a user's value would be ignored, so it is refused.
+_OWNED_ARGUMENTS = frozenset(
+    {
+        "bf16",
+        "data_seed",
+        "do_eval",
+        "do_predict",
+        "do_train",
+        "eval_strategy",
+        "fp16",
+        "load_best_model_at_end",
+        "logging_dir",
+        "remove_unused_columns",
+        "resume_from_checkpoint",
+        "save_strategy",
+    }
+)
+
+
+class RunConfig(BaseModel):
+    """What a run does. Unknown keys are looked up in transformers.TrainingArguments, then refused."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    stream: str | list[dict[str, Any]]
+    model: str = "smollm2-135m"
+    method: str | dict[str, Any] | list[str | dict[str, Any]] = "lcia"
+    output_dir: str
+    seed: int = 0
+
+    tasks: list[str] | None = None  # a choice and order of the stream's tasks; null = as it comes
+    max_train_examples: int | None = Field(None, ge=1)  # per task; null = all
+    max_eval_examples: int | None = Field(None, ge=1)  # per task; null = all
+    eval_split: Literal["test", "dev"] = "test"  # tune on dev, report test
+    skip_bad_rows: bool = False
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attn_implementation: str = "auto"
+    lora_r: int = Field(16, ge=1)
+    lora_alpha: float | None = None  # null = 2 r
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    lora_target_modules: str | list[str] = "all-linear"
+
+    max_length: int = Field(1024, ge=8)  # tokens of prompt + answer; longer rows are counted and left out
+    max_new_tokens: int = Field(64, ge=1)
+    per_device_eval_batch_size: int = Field(40, ge=1)
+
+    learning_rate: float = Field(5e-4, gt=0)
+    lr_scheduler_type: str = "constant"
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int = -1  # optimizer steps per task; -1 = num_train_epochs decides
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    logging_steps: int = Field(5, ge=1)
+
+    def method_parts(self) -> list[tuple[str, dict[str, Any]]]:
+        """The method as (name, options) pairs; a list in the configuration composes several."""
+        specs = self.method if isinstance(self.method, list) else [self.method]
+        parts: list[tuple[str, dict[str, Any]]] = []
+        for spec in specs:
+            options = {"name": spec} if isinstance(spec, str) else dict(spec)
+            name = options.pop("name", None)
+            if not isinstance(name, str):
+                raise UserError(f"configuration key 'method': {spec!r} has no name; write {{name: lcia, ...}}")
+            parts.append((name, options))
+        return parts
+
+    def training_arguments(self) -> dict[str, Any]:
+        """The keys that go to transformers.TrainingArguments as they are."""
+        known = _training_argument_names()
+        return {key: value for key, value in self.model_dump().items() if key in known and key != "output_dir"}
+
+    def as_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _training_argument_names() -> frozenset[str]:
+    from transformers import TrainingArguments
+
+    return frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+
+
+def parse_config(values: dict[str, Any], where: str) -> RunConfig:
+    """Check the values and return the configuration.
+
+    Args:
+        values: key → value, as read from YAML.
+        where: the file's name, for messages.
+
+    Raises:
+        UserError: a key is unknown (the nearest valid one is named) or a value has the wrong type.
+    """
+    extra = set(values) - set(RunConfig.model_fields)
+    for key in sorted(extra, key=str):
+        if key in _OWNED_ARGUMENTS:
+            raise UserError(f"{where}: key {key!r} is set by lcia itself; remove it")
+        if key not in _training_argument_names():
+            raise UserError(
+                f"{where}: unknown key {key!r}. {did_you_mean(str(key), [*RunConfig.model_fields, *_training_argument_names()])}"
+            )
+    try:
+        config = RunConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "?"
+        raise UserError(f"{where}: key {key!r}: {first['msg']}") from None
+    from lcia.methods import build_method  # late: the configuration must not wait for torch when it is wrong
+
+    build_method(config.method_parts(), where=where)
+    return config
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML configuration and apply `key=value` overrides from the command line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    for override in overrides or []:
+        key, separator, raw = override.partition("=")
+        if not separator:
+            raise UserError(f"command line: {override!r} is not key=value")
+        try:
+            values[key.replace("-", "_")] = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            raise UserError(f"command line: the value of {key!r} is not valid YAML: {raw!r}") from None
+    return parse_config(values, str(path))

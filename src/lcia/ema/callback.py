@@ -1,0 +1,213 @@
+"""The dynamic EMA in any transformers or TRL Trainer."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lcia.ema.average import DynamicEMA
+from lcia.ema.clipping import ClipWatch
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import Trainer
+
+FILE_NAME = "ema.safetensors"
+
+
+class DynamicEMACallback(TrainerCallback):
+    """One line: `Trainer(..., callbacks=[DynamicEMACallback(rule="fisher", importance=before)])`.
+
+    - One update per optimizer step, whatever the accumulation; a step that a gradient scaler skips is no step.
+    - Every checkpoint holds the raw θ where Trainer puts it, so that resuming is exact, and θ* with all that the rule
+      needs in `ema.safetensors` beside it. `resume_from_checkpoint` restores both.
+    - Evaluations during training see θ*; after training the model holds θ*, so that the last evaluation and the last
+      `save_model` are of θ*. With `load_best_model_at_end` it is the best checkpoint's θ*.
+    - `fisher` gets gradients as they were before clipping (lcia.ema.clipping).
+    - β, the fallback fraction and the retained mass are logged with every training log, as `ema_...`: into
+      `state.log_history`, and, if `trainer` is given, through its loggers. (Trainer's own loggers stand before other
+      callbacks in the line, so that without it they never see what a callback adds.)
+
+    Args:
+        rule, fallback: as of DynamicEMA, like every other keyword argument. `total_steps` and `examples_per_gradient`
+            are taken from the Trainer, and `optimizer` too, unless they are given.
+        evaluate_average: False: evaluations during training see the raw θ.
+        keep_raw: True: the model holds the raw θ after training; θ* is in `.ema.averages`.
+        resume_from: the checkpoint folder, where it is neither in `output_dir` nor in `args.resume_from_checkpoint`.
+        trainer: whose loggers are used.
+
+    Attributes:
+        ema: the DynamicEMA of the current or last training; None before the first.
+
+    Raises:
+        FileNotFoundError: training resumes from a checkpoint without `ema.safetensors`.
+        RuntimeError: the Trainer runs on DeepSpeed or FSDP1, or evaluates several sets and `trainer` is not given.
+    """
+
+    def __init__(
+        self,
+        rule: str = "eq45",
+        fallback: float = 0.99,
+        *,
+        evaluate_average: bool = True,
+        keep_raw: bool = False,
+        resume_from: str | Path | None = None,
+        trainer: Trainer | None = None,
+        **options: Any,
+    ):
+        self.options = {"rule": rule, "fallback": fallback, **options}
+        self.evaluate_average = evaluate_average
+        self.keep_raw = keep_raw
+        self.resume_from = resume_from
+        self.trainer = trainer
+        self.ema: DynamicEMA | None = None
+        self._clip_watch: ClipWatch | None = None
+        self._unclip = 1.0
+        self._shown = ExitStack()  # holds the open `applied()` of an evaluation
+        self._evaluations_left = 0
+        self._evaluated = False  # in this step, with θ*
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = kwargs["model"]
+        if args.deepspeed is not None:
+            raise RuntimeError(
+                "DeepSpeed makes the optimizer step, and clears the gradients, inside backward(), before a callback "
+                "can read them: DynamicEMACallback works with one process, DDP and FSDP2"
+            )
+        defaults = {
+            "total_steps": state.max_steps,
+            "examples_per_gradient": args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size,
+            "optimizer": kwargs["optimizer"],
+        }
+        self.ema = DynamicEMA(model.named_parameters(), **{**defaults, **self.options})
+        if state.global_step:
+            self.ema.load(self._file_to_resume(args, state))
+        if self.ema.wants_unclipped and args.max_grad_norm:
+            self._clip_watch = ClipWatch(model.parameters())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._clip_watch is not None:
+            scaler = kwargs["optimizer"].scaler
+            self._unclip = self._clip_watch.undo(scaler.get_scale() if scaler is not None else 1.0)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        ema = self._running()
+        if kwargs["optimizer"].step_was_skipped:
+            ema.discard()
+            return
+        ema.observe(self._unclip)
+        ema.step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_log and self.trainer is not None:
+            self.trainer.log(self.log_values())
+        self._show_average(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._show_average(control)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluated = False
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._evaluated and not self._evaluations_left:
+            raise RuntimeError(
+                "the first set of this evaluation was seen by the averaged weights, this one by the raw weights. "
+                "Give DynamicEMACallback(trainer=...), so that it knows of all sets, or evaluate_average=False"
+            )
+        self._evaluations_left = max(0, self._evaluations_left - 1)
+        if not self._evaluations_left:
+            self._shown.close()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer is None and "loss" in kwargs["logs"]:
+            values = self.log_values()
+            kwargs["logs"].update(values)
+            state.log_history[-1].update(values)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._evaluations_left:
+            raise RuntimeError(
+                "a checkpoint was saved in the middle of an evaluation: it holds θ* instead of θ"
+            )
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._running().save(folder / FILE_NAME, write=args.should_save)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        ema = self._running()
+        self._evaluated = False
+        if self._clip_watch is not None:
+            self._clip_watch.close()
+            self._clip_watch = None
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            ema.load(_existing(Path(state.best_model_checkpoint) / FILE_NAME))
+        if not self.keep_raw:
+            ema.copy_to_model()
+
+    def log_values(self) -> dict[str, float]:
+        """What is logged: quantiles of β over tensors, the fallback fraction, the mean retained mass."""
+        ema = self._running()
+        betas = sorted(ema.betas.values())
+        values = {
+            "ema_beta_min": betas[0],
+            "ema_beta_median": statistics.median(betas),
+            "ema_beta_max": betas[-1],
+            "ema_fallback_fraction": ema.fallback_fraction,
+            "ema_retained_mass": statistics.fmean(ema.retained_mass.values()),
+        }
+        if self._clip_watch is not None and self._clip_watch.unknown:
+            values["ema_clipping_unknown"] = float(self._clip_watch.unknown)
+        return values
+
+    def _show_average(self, control: TrainerControl) -> None:
+        """Trainer has no moment before an evaluation; but what it will do after a step is decided by now."""
+        if control.should_evaluate and self.evaluate_average and not self._evaluations_left:
+            sets = None if self.trainer is None else self.trainer.eval_dataset
+            self._evaluations_left = len(sets) if isinstance(sets, dict) else 1
+            self._evaluated = True
+            self._shown.enter_context(self._running().applied())
+
+    def _running(self) -> DynamicEMA:
+        if self.ema is None:
+            raise RuntimeError("training has not begun")
+        return self.ema
+
+    def _file_to_resume(self, args: TrainingArguments, state: TrainerState) -> Path:
+        folders = [self.resume_from, args.resume_from_checkpoint]
+        folder = next((Path(given) for given in folders if isinstance(given, str | Path)), None)
+        return _existing((folder or Path(args.output_dir) / f"checkpoint-{state.global_step}") / FILE_NAME)
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: the checkpoint was written without DynamicEMACallback, or lies elsewhere "
+            "(then give resume_from=). Going on would average from the wrong start"
+        )
+    return file

@@ -1,0 +1,57 @@
+"""What the new task needs: F_new, the diagonal of its Fisher information, from gradients that training makes anyway.
+
+With g a mean over n examples, three readings of the same quantity E[(∂ log p / ∂θ)²] per example:
+
+    running       n · mean over steps of g²           its own running mean, of gradients as they are before clipping
+    adamw         n · v̂                               the optimizer's bias-corrected second moment: no state of our own,
+                                                      but of clipped gradients, and with the optimizer's horizon
+    per_example   n · mean over steps of Σ_i m_i²     g = Σ m_i, the parts that single backward passes add: exact when
+                                                      every backward pass holds one example
+
+The first two contain n·E[g]², which dies out near a minimum; the last one does not wait for that. Where the batch is one
+example they are the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCES = ("running", "adamw", "per_example")
+
+
+def bias_correction(decay: float | Tensor, observed: Tensor) -> Tensor:
+    """1 / (1 − decay^observed), 0 where nothing has been observed: a running mean that began at zero, made unbiased."""
+    return torch.where(observed > 0, 1 / (1 - decay ** observed.clamp_min(1)), torch.zeros_like(observed))
+
+
+def adamw_second_moment(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """The running means of g² that Adam or AdamW keeps, and the factors (n,) that make them unbiased.
+
+    Raises:
+        ValueError: the optimizer keeps none for a parameter (another optimizer, or it has not stepped yet).
+    """
+    decays = {
+        id(parameter): group["betas"][1]
+        for group in optimizer.param_groups
+        if "betas" in group
+        for parameter in group["params"]
+    }
+    moments, decay, steps = [], [], []
+    for name, parameter in named:
+        state = optimizer.state.get(parameter, {})
+        if id(parameter) not in decays or "exp_avg_sq" not in state:
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} keeps no running mean of squared gradients (exp_avg_sq) for "
+                f"{name}: fisher_source='adamw' needs torch.optim.Adam or AdamW after a step; 'running' works with all"
+            )
+        moments.append(state["exp_avg_sq"])
+        decay.append(decays[id(parameter)])
+        steps.append(torch.as_tensor(state["step"]))
+    observed = torch.stack(steps)
+    return moments, bias_correction(
+        torch.tensor(decay, dtype=observed.dtype, device=observed.device), observed
+    )

@@ -1,0 +1,151 @@
+"""Predictions and scores: every test input is routed by its own instruction and answered greedily."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lcia.adapters import AdapterPool
+from lcia.backbone.chat import encode_row, pad_left
+from lcia.files import write_text
+from lcia.grouping import Match
+from lcia.stream import SCORERS, Row, Task
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What, beside weights and prompt, a prediction depends on."""
+
+    max_new_tokens: int
+    batch_size: int
+    max_length: int
+
+
+@torch.no_grad()
+def generate_answers(
+    pool: AdapterPool,
+    tokenizer: PreTrainedTokenizerBase,
+    group: str | None,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    on_batch: Callable[[int], None] = lambda rows: None,
+) -> list[str]:
+    """Greedy answers of one group's weights (None: the base model), in the order of `prompts`.
+
+    Batches hold prompts of like length, so that little is padding; padding is on the left.
+    """
+    settings = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    answers = [""] * len(prompts)
+    with pool.active(group) as model:
+        model.eval()
+        for start in range(0, len(order), decoding.batch_size):
+            chosen = order[start : start + decoding.batch_size]
+            input_ids = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id)  # (B, L)
+            attention_mask = pad_left([[1] * len(prompts[i]) for i in chosen], 0)
+            device = next(model.parameters()).device
+            output = model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=settings,
+            )  # (B, L + new)
+            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text.strip()
+            on_batch(len(chosen))
+    return answers
+
+
+class AnswerCache:
+    """Predictions by content: base weights, adapter weights, decoding options and the prompts asked together.
+
+    The unit is the whole list of prompts one group answers for one task, because in bfloat16 an answer may depend
+    on what else is in its batch: reusing the list repeats exactly what a new computation would give.
+    """
+
+    def __init__(self, folder: Path, base_sha256: str) -> None:
+        self._folder = folder
+        self._base = base_sha256
+        self.run = 0
+        self.reused = 0
+
+    def answers(
+        self, adapter_sha256: str | None, prompts: Sequence[Sequence[int]], decoding: Decoding, compute: Callable[[], list[str]]
+    ) -> list[str]:
+        content = [self._base, adapter_sha256, [list(p) for p in prompts], decoding.max_new_tokens, decoding.batch_size]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        path = self._folder / f"{key}.json"
+        if path.is_file():
+            self.reused += 1
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return [str(answer) for answer in stored]
+        found = compute()
+        write_text(path, json.dumps(found, ensure_ascii=False))
+        self.run += 1
+        return found
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One cell of the matrix."""
+
+    score: float  # percent
+    records: list[dict[str, object]]  # one per test row, as in predictions/ROW/TASK.jsonl
+    too_long: int  # rows whose prompt does not fit; they count as wrong
+
+
+def evaluate_task(
+    pool: AdapterPool,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    matches: Sequence[Match],
+    cache: AnswerCache,
+    decoding: Decoding,
+    on_batch: Callable[[int], None] = lambda rows: None,
+) -> TaskResult:
+    """Answer and score `rows`, each with the weights of its own match."""
+    scorer = SCORERS[task.scorer]
+    prompts = [encode_row(tokenizer, row).prompt for row in rows]
+    fits = [len(prompt) + decoding.max_new_tokens <= decoding.max_length for prompt in prompts]
+    predictions = [""] * len(rows)
+    for group in dict.fromkeys(match.group for match in matches):
+        mine = [i for i, match in enumerate(matches) if match.group == group and fits[i]]
+        if not mine:
+            continue
+        asked = [prompts[i] for i in mine]
+        answers = cache.answers(
+            None if group is None else pool.sha256(group),
+            asked,
+            decoding,
+            lambda group=group, asked=asked: generate_answers(pool, tokenizer, group, asked, decoding, on_batch),  # type: ignore[misc]
+        )
+        for i, answer in zip(mine, answers, strict=True):
+            predictions[i] = answer
+    records: list[dict[str, object]] = []
+    for row, prompt, match, prediction, fit in zip(rows, prompts, matches, predictions, fits, strict=True):
+        score = scorer(prediction, row.outputs) if fit else 0.0
+        records.append(
+            {
+                "id": row.id,
+                "prompt": tokenizer.decode(prompt),
+                "prediction": prediction,
+                "reference": list(row.outputs),
+                "score": score,
+                "group": match.group,
+                **({} if fit else {"too_long": True}),
+            }
+        )
+    total = sum(float(record["score"]) for record in records)  # type: ignore[arg-type]
+    return TaskResult(100.0 * total / len(records), records, fits.count(False))

@@ -1,0 +1,124 @@
+"""Averaged weights: θ*_t = β θ*_{t−1} + (1 − β) θ_t, from an adapter's second task on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lcia.ema import DynamicEMA
+from lcia.methods.base import Method, Training
+from lcia.stream import Task
+
+
+class Averaging(Method):
+    """θ* starts at the weights before the task (LCIA, Eq. 1, Alg. 1); the average becomes the adapter.
+
+    The first task of an adapter has nothing to keep: it is trained plainly.
+
+    Args:
+        rule: how β is found each step; see lcia.ema.
+        retained: the constant β (or the fallback of an adaptive rule) is chosen such that the start point keeps
+            this weight in the average at the end of the task, Π β = retained, whatever the number of steps.
+        fallback: the constant itself, instead of `retained`.
+        strength: λ of `fisher`, F_old ← λ F_old + F_new.
+    """
+
+    def __init__(
+        self, *, rule: str, retained: float | None = None, fallback: float = 0.99, strength: float = 1.0
+    ) -> None:
+        self.options: dict[str, Any] = {"rule": rule, "fallback": fallback}
+        if retained is not None:
+            self.options["retained"] = retained
+        if rule == "fisher":
+            self.options["strength"] = strength
+        self._importance: dict[str, dict[str, torch.Tensor]] = {}  # adapter → {parameter: F_old}
+        self._average: DynamicEMA | None = None
+        self._report: dict[str, Any] = {}
+
+    def begin(self, training: Training) -> None:
+        self._adapter = training.placement.adapter
+        self._report = {}
+        # `fisher` watches an adapter's first task too: that is where its importance comes from.
+        if training.placement.is_new and self.options["rule"] != "fisher":
+            self._average = None
+            return
+        self._average = DynamicEMA(
+            training.parameters,
+            total_steps=training.total_steps,
+            importance=self._importance.get(self._adapter),
+            examples_per_gradient=training.examples_per_gradient,
+            **self.options,
+        )
+
+    def see_grads(self) -> None:
+        if self._average is not None:
+            self._average.observe()
+
+    def after_step(self) -> None:
+        if self._average is not None:
+            self._average.step()
+
+    def close_task(self, task: Task) -> None:
+        if self._average is None:
+            return
+        self._average.copy_to_model()
+        masses = list(self._average.retained_mass.values())
+        self._report = {
+            "fallback_fraction": self._average.fallback_fraction,
+            "retained_mass": sum(masses) / len(masses),
+        }
+        if self.options["rule"] == "fisher":
+            self._importance[self._adapter] = self._average.importance
+        self._average = None
+
+    def log(self) -> dict[str, float]:
+        if self._average is None or not self._average.betas:
+            return {}
+        betas = torch.tensor(list(self._average.betas.values()), dtype=torch.float64)
+        masses = list(self._average.retained_mass.values())
+        quantiles = betas.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+        return {
+            "beta_p10": quantiles[0],
+            "beta_p50": quantiles[1],
+            "beta_p90": quantiles[2],
+            "fallback_fraction": self._average.fallback_fraction,
+            "retained_mass": sum(masses) / len(masses),
+        }
+
+    def report(self) -> dict[str, Any]:
+        return self._report
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            f"importance/{adapter}/{name}": tensor
+            for adapter, tensors in self._importance.items()
+            for name, tensor in tensors.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._importance = {}
+        for key, tensor in state.items():
+            _, adapter, name = key.split("/", 2)
+            self._importance.setdefault(adapter, {})[name] = tensor
+
+
+class StableEMA(Averaging):
+    """A constant β on every task, one adapter, no grouping (LCIA, Table 6: β = 0.99)."""
+
+    name = "stable_ema"
+
+    def __init__(self, *, beta: float = 0.99, retained: float | None = None) -> None:
+        super().__init__(rule="fixed", fallback=beta, retained=retained)
+
+
+class LLaCA(Averaging):
+    """Dynamic EMA on every task, one adapter, no grouping (LLaCA, arXiv 2410.10868 v1)."""
+
+    name = "llaca"
+
+    def __init__(
+        self, *, rule: str = "fixed", retained: float | None = 0.3, fallback: float = 0.99, strength: float = 1.0
+    ) -> None:
+        super().__init__(rule=rule, retained=retained, fallback=fallback, strength=strength)

@@ -1,0 +1,185 @@
+"""The one interface of all methods. Its defaults are sequential fine-tuning of one adapter.
+
+Order of the moments, for each task:
+
+    open_task → feed → begin → (per step: penalty → [backward] → see_grads → [clip] → shape_grads
+    → [optimizer step] → after_step) → close_task
+
+A method overrides the moments its equation needs and nothing else; the trainer names no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lcia.grouping import Codebook, Match
+from lcia.stream import Row, Task
+
+if TYPE_CHECKING:
+    from lcia.adapters import AdapterPool
+
+SHARED = "shared"  # the adapter of methods that have only one
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a task is learned."""
+
+    adapter: str
+    is_new: bool  # nothing was learned in this adapter before
+    start: str | None = None  # adapter whose weights a new one starts from; None = random A, zero B
+    scores: dict[str, float] = field(default_factory=dict)  # similarity to every group there was
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method may look at while one task is learned."""
+
+    task: Task
+    placement: Placement
+    parameters: Mapping[str, torch.nn.Parameter]  # the trained ones, by full name
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    total_steps: int  # optimizer steps of this task
+    examples_per_gradient: int  # rows one gradient averages over
+
+
+class Method:
+    """Sequential fine-tuning: one adapter, trained task after task, nothing done against forgetting."""
+
+    name: ClassVar[str] = "lora"
+    codebook: Codebook | None = None  # of methods that group tasks
+
+    def attach(self, pool: AdapterPool) -> None:
+        """Once per run, before anything is loaded or trained."""
+        self.pool = pool
+
+    def schedule(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        """The stages of training: tasks of one tuple are learned together."""
+        return [(task,) for task in tasks]
+
+    def open_task(self, task: Task) -> Placement | None:
+        """Decide which adapter learns the task; None leaves it to the other parts of a composition."""
+        return None
+
+    def feed(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows to train on."""
+        return rows
+
+    def begin(self, training: Training) -> None:
+        """Weights are in place, the optimizer is made, no step is taken."""
+
+    def penalty(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """A scalar added to the loss of a micro-batch."""
+        return None
+
+    def see_grads(self) -> None:
+        """Gradients of one optimizer step are complete and not yet clipped."""
+
+    def shape_grads(self) -> None:
+        """Change the gradients (clipped) before the optimizer uses them."""
+
+    def after_step(self) -> None:
+        """After optimizer.step(), before gradients are zeroed; not called for a skipped step."""
+
+    def close_task(self, task: Task) -> None:
+        """Training is over; the adapter keeps the weights it has when this returns."""
+
+    def route(self, instructions: Sequence[str]) -> list[Match] | None:
+        """The group that answers each request, by the request's own instruction."""
+        return None
+
+    def log(self) -> dict[str, float]:
+        """Numbers for the training log, after a step."""
+        return {}
+
+    def report(self) -> dict[str, Any]:
+        """What a closed task adds to results.json under `ema`; empty when the method does not average."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method carries to the next task: tensors, and JSON values under names without one."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+class Combined(Method):
+    """Several parts as one method: each moment is passed on to every part in order."""
+
+    name = "combined"
+
+    def __init__(self, parts: Sequence[Method]) -> None:
+        self.parts = list(parts)
+        self.codebook = next((part.codebook for part in self.parts if part.codebook is not None), None)
+
+    def attach(self, pool: AdapterPool) -> None:
+        super().attach(pool)
+        for part in self.parts:
+            part.attach(pool)
+
+    def schedule(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        plain = super().schedule(tasks)
+        changed = [stages for part in self.parts if (stages := part.schedule(tasks)) != plain]
+        return changed[0] if changed else plain
+
+    def open_task(self, task: Task) -> Placement:
+        """The first part that decides wins; else everything is learned in the one shared adapter."""
+        decided = [placement for part in self.parts if (placement := part.open_task(task)) is not None]
+        return decided[0] if decided else Placement(SHARED, is_new=SHARED not in self.pool.names)
+
+    def feed(self, rows: Sequence[Row]) -> Sequence[Row]:
+        for part in self.parts:
+            rows = part.feed(rows)
+        return rows
+
+    def begin(self, training: Training) -> None:
+        for part in self.parts:
+            part.begin(training)
+
+    def penalty(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        terms = [term for part in self.parts if (term := part.penalty(batch)) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def see_grads(self) -> None:
+        for part in self.parts:
+            part.see_grads()
+
+    def shape_grads(self) -> None:
+        for part in self.parts:
+            part.shape_grads()
+
+    def after_step(self) -> None:
+        for part in self.parts:
+            part.after_step()
+
+    def close_task(self, task: Task) -> None:
+        for part in self.parts:
+            part.close_task(task)
+
+    def route(self, instructions: Sequence[str]) -> list[Match]:
+        """The first part that routes; else the shared adapter, or the base model before it exists."""
+        routed = [matches for part in self.parts if (matches := part.route(instructions)) is not None]
+        if routed:
+            return routed[0]
+        group = SHARED if SHARED in self.pool.names else None
+        return [Match(group, 1.0, {})] * len(instructions)
+
+    def log(self) -> dict[str, float]:
+        return {key: value for part in self.parts for key, value in part.log().items()}
+
+    def report(self) -> dict[str, Any]:
+        return {key: value for part in self.parts for key, value in part.report().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{i}.{key}": value for i, part in enumerate(self.parts) for key, value in part.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for i, part in enumerate(self.parts):
+            mine = f"{i}."
+            part.load_state_dict({key[len(mine) :]: value for key, value in state.items() if key.startswith(mine)})

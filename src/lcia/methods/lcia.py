@@ -1,0 +1,42 @@
+"""The method of this project: instruction groups + dynamic EMA inside a group."""
+
+from __future__ import annotations
+
+from lcia.methods.averaging import Averaging
+from lcia.methods.base import Combined
+from lcia.methods.grouping import InstructionGroups
+
+
+class LCIA(Combined):
+    """Grouping decides where a task is learned; averaging only where a group is matched (LCIA, Alg. 1).
+
+    Args: those of `InstructionGroups` and `Averaging`.
+    """
+
+    name = "lcia"
+
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.9,
+        reduce: str = "mean",
+        similarity: str = "tfidf_pair",
+        route_threshold: float = 0.0,
+        start: str = "last",
+        rule: str = "fixed",
+        retained: float | None = 0.3,
+        fallback: float = 0.99,
+        strength: float = 1.0,
+    ) -> None:
+        super().__init__(
+            [
+                InstructionGroups(
+                    threshold=threshold,
+                    reduce=reduce,
+                    similarity=similarity,
+                    route_threshold=route_threshold,
+                    start=start,
+                ),
+                Averaging(rule=rule, retained=retained, fallback=fallback, strength=strength),
+            ]
+        )

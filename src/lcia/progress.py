@@ -1,0 +1,106 @@
+"""Live progress on stderr: which task, step, loss, speed, time left, and the matrix filling in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Reporter:
+    """What a run tells while it works. On a terminal it is redrawn in place; elsewhere one line an event."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )
+        self._live: Live | None = None
+        self._title = ""
+        self._tasks: list[str] = []
+        self._rows: dict[int, dict[str, float]] = {}
+        self._current: Any = None
+        self._loss = float("nan")
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(self._render(), console=self.console, refresh_per_second=4, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+            self._live = None
+
+    def start_run(self, title: str, tasks: Sequence[str]) -> None:
+        self._title, self._tasks, self._rows = title, list(tasks), {}
+        self._line(title)
+
+    def start(self, what: str, total: int) -> None:
+        """A piece of work with `total` units begins; the one before is over."""
+        if self._current is not None:
+            self._bar.remove_task(self._current)
+        self._current = self._bar.add_task(what, total=total, note="")
+        self._started = time.monotonic()
+        self._loss = float("nan")
+        self._refresh()
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        self._bar.update(self._current, advance=units, **({"note": note} if note else {}))
+        self._refresh()
+
+    def training_step(self, record: dict[str, Any]) -> None:
+        """One record of the training log: a step was taken, or a loss was logged."""
+        self._loss = record.get("loss", self._loss)
+        if "loss" in record:
+            self._bar.update(self._current, note=f"loss {self._loss:.3f}")
+        if "examples_per_s" in record:
+            self._bar.update(
+                self._current,
+                completed=record["step"],
+                note=f"loss {self._loss:.3f}  {record['examples_per_s']:.1f} examples/s",
+            )
+        self._refresh()
+
+    def done(self, sentence: str) -> None:
+        """A sentence for the record, kept on the screen."""
+        self._line(sentence)
+
+    def row(self, row: int, scores: dict[str, float]) -> None:
+        """A row of the accuracy matrix is measured."""
+        self._rows[row] = scores
+        values = "  ".join(f"{task} {score:.1f}" for task, score in scores.items())
+        self._line(f"  row {row}: {values}")
+        self._refresh()
+
+    def _line(self, text: str) -> None:
+        if text:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.update(self._render())
+
+    def _render(self) -> Group:
+        table = Table(title=self._title or None, title_justify="left")
+        table.add_column("after")
+        for task in self._tasks:
+            table.add_column(task, justify="right")
+        for row, scores in sorted(self._rows.items()):
+            label = "base model" if row == 0 else self._tasks[min(row, len(self._tasks)) - 1]
+            table.add_row(label, *(f"{scores[t]:.1f}" if t in scores else "·" for t in self._tasks))
+        return Group(*([table] if self._rows else []), self._bar)

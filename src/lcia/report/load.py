@@ -1,0 +1,279 @@
+"""A run folder, read and checked: the only place of the report that opens a file of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lcia.errors import UserError
+
+RESULTS = "results.json"
+TRAINING_LOG = "training_log.jsonl"
+PREDICTIONS = "predictions"
+CONFIG = "config.yaml"
+CODEBOOK = "codebook.json"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Record(BaseModel):
+    """Read-only; unknown keys are left out, and a null where something is optional counts as absent."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls_of_optional_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {key: value for key, value in values.items() if value is not None or key in required}
+
+
+class Routing(_Record):
+    accuracy: float | None = None
+    oracle_avg_acc: float | None = None
+    base_model_answers: int | None = None
+
+
+class Averaging(_Record):
+    """What `ema` holds: how often the rule fell back, and the weight each task's start still has."""
+
+    fallback_fraction: float | None = None
+    retained_mass: dict[str, float | None] = Field(default_factory=dict)
+
+
+class Cost(_Record):
+    train_s: float | None = None
+    eval_s: float | None = None
+    evaluations_run: int | None = None
+    evaluations_reused: int | None = None
+    peak_memory_mib: float | None = None
+    trained_parameters: int | None = None
+
+
+class Step(_Record):
+    """One logged training step; the averaging columns are absent where nothing is averaged."""
+
+    task: str
+    step: int
+    total_steps: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    examples_per_s: float | None = None
+    beta_p10: float | None = None
+    beta_p50: float | None = None
+    beta_p90: float | None = None
+    fallback_fraction: float | None = None
+    retained_mass: float | None = None
+
+
+class Prediction(_Record):
+    """One answered test row; `score` is in [0, 1]."""
+
+    id: str
+    prompt: str
+    prediction: str
+    reference: Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+    score: float
+    group: str | None = None
+
+
+class Results(_Record):
+    """results.json. `matrix[j][i]`: percent on task i after j tasks, row 0 before training."""
+
+    method: str
+    model: str
+    seed: int
+    tasks: tuple[str, ...] = Field(min_length=1)
+    matrix: tuple[tuple[float | None, ...], ...]  # (T + 1, T)
+    metrics: dict[str, float | None]
+
+    groups: dict[str, str | None] = Field(default_factory=dict)  # task → group
+    group_scores: dict[str, dict[str, float | None]] = Field(
+        default_factory=dict
+    )  # task → {group: similarity}
+    threshold: float | None = None
+    scorers: dict[str, str] = Field(default_factory=dict)
+    eval_split: str | None = None
+    left_out: dict[str, int] = Field(default_factory=dict)  # task → training rows that do not fit
+    too_long: dict[str, int] = Field(
+        default_factory=dict
+    )  # task → test rows that do not fit, counted as wrong
+    date: str | None = None
+    stream: str | None = None
+    routing: Routing = Routing()
+    ema: Averaging = Averaging()
+    cost: Cost = Cost()
+    versions: dict[str, str | None] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _matrix_fits_tasks(self) -> Results:
+        n_tasks = len(self.tasks)
+        shape = [len(row) for row in self.matrix]
+        if shape != [n_tasks] * (n_tasks + 1):
+            raise ValueError(
+                f"key 'matrix': {n_tasks} tasks need {n_tasks + 1} rows of {n_tasks}, found rows of {shape}"
+            )
+        if len(set(self.tasks)) != n_tasks:
+            raise ValueError("key 'tasks': two tasks have the same name")
+        return self
+
+    @property
+    def final_scores(self) -> tuple[float | None, ...]:
+        """(T,) the last row: every task after all tasks."""
+        return self.matrix[-1]
+
+
+class _Threshold(_Record):
+    threshold: float | None = None
+
+
+class Run(Results):
+    """One run folder: results.json and what lies beside it."""
+
+    path: Path
+    steps: tuple[Step, ...] = ()  # of training_log.jsonl, in the order of the tasks
+    unreadable_steps: int = 0  # lines of training_log.jsonl that a killed process left unfinished
+    config_text: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def averages(self) -> bool:
+        """Whether any logged step reports a β."""
+        return any(step.beta_p50 is not None for step in self.steps)
+
+    def predictions(self, task: str) -> dict[str, Prediction]:
+        """id → prediction on the task's test rows after all tasks; empty where the run kept none."""
+        path = self.path / PREDICTIONS / str(len(self.tasks)) / f"{task}.jsonl"
+        if not path.is_file():
+            return {}
+        found = {}
+        for number, values in _json_lines(path):
+            if values is None:
+                raise UserError(f"{path}:{number}: not valid JSON")
+            prediction = _checked(Prediction, values, f"{path}:{number}")
+            found[prediction.id] = prediction
+        return found
+
+
+_R = TypeVar("_R", bound=BaseModel)
+
+
+def _checked(kind: type[_R], values: Any, where: str) -> _R:
+    """The values as `kind`, or a UserError that names the place and the key."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected an object {{...}}, found {type(values).__name__}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise UserError(f"{where}: key {key!r} is missing") from None
+        if not key:
+            raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(f"{where}: key {key!r}: {first['msg']}") from None
+
+
+def _parse(text: str) -> Any:
+    """JSON where NaN and ±Infinity, which Python writes and JSON does not know, mean "no number"."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line that is not blank; None for a line that is not JSON."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, _parse(line)
+            except json.JSONDecodeError:
+                yield number, None
+
+
+def _read_steps(path: Path, tasks: tuple[str, ...]) -> tuple[tuple[Step, ...], int]:
+    """The logged steps in the order of the tasks, and how many lines could not be read.
+
+    A run that was killed leaves a broken line, and a resumed one logs steps again: the later entry counts.
+    """
+    if not path.is_file():
+        return (), 0
+    latest: dict[tuple[str, int], Step] = {}
+    unreadable = 0
+    for number, values in _json_lines(path):
+        if values is None:
+            unreadable += 1
+            continue
+        step = _checked(Step, values, f"{path}:{number}")
+        latest[step.task, step.step] = step
+    position = {task: i for i, task in enumerate(tasks)}
+    # a joint method may log under a name that is no task of the stream: it comes last
+    ordered = sorted(latest.values(), key=lambda step: (position.get(step.task, len(position)), step.step))
+    return tuple(ordered), unreadable
+
+
+def _read_config(path: Path) -> tuple[str | None, dict[str, Any]]:
+    if not path.is_file():
+        return None, {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    return text, values if isinstance(values, dict) else {}
+
+
+def _codebook_threshold(path: Path) -> float | None:
+    """The similarity from which a task joins a group; a method without grouping has none."""
+    if not path.is_file():
+        return None
+    try:
+        values = _parse(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: line {error.lineno}: {error.msg}") from None
+    return _checked(_Threshold, values, str(path)).threshold
+
+
+def load_run(path: Path | str) -> Run:
+    """Read a run folder.
+
+    Args:
+        path: the folder that holds results.json.
+
+    Raises:
+        UserError: results.json or one of its keys is missing or malformed; the message names file and key.
+    """
+    path = Path(path)
+    results = path / RESULTS
+    try:
+        text = results.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no run here, {RESULTS} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{results}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        values = _parse(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{results}: not valid JSON: line {error.lineno}: {error.msg}") from None
+    checked = _checked(Results, values, str(results))
+    if checked.threshold is None:
+        checked = checked.model_copy(update={"threshold": _codebook_threshold(path / CODEBOOK)})
+    steps, unreadable = _read_steps(path / TRAINING_LOG, checked.tasks)
+    config_text, config = _read_config(path / CONFIG)
+    return Run(
+        **dict(checked),
+        path=path,
+        steps=steps,
+        unreadable_steps=unreadable,
+        config_text=config_text,
+        config=config,
+    )

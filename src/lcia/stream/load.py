@@ -1,0 +1,310 @@
+"""`load_stream`: from a name, a folder or a list to tasks whose rows leave nothing open."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lcia.errors import UserError, did_you_mean
+from lcia.stream.formats import SPLIT_NAMES, Draft, Faults, read_file, read_records
+from lcia.stream.scorers import SCORERS, answer_words, chosen_letter, default_scorer
+from lcia.stream.sources import TaskSource, find
+from lcia.stream.types import Row, Stream, Task
+
+SPLITS = ("train", "dev", "test")
+MANY_INSTRUCTIONS = 100  # above this, a task's place in the codebook is worth a remark
+
+
+def load_stream(
+    source: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    tasks: Sequence[str] | None = None,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+    instruction: str | None = None,
+) -> Stream:
+    """Read a stream.
+
+    Args:
+        source: a built-in name ("assistant"), a folder, one data file, or a list of tasks
+            {name, path, instruction?, scorer?, image_folder?}.
+        tasks: names of the tasks to take, in the order in which they shall arrive; None takes all.
+        seed: of the 80/10/10 draw for tasks that state no split.
+        skip_bad_rows: leave out rows that cannot be used, and list them in `Stream.notes`.
+        instruction: for rows without one, in tasks that name none.
+
+    Returns:
+        The stream; its `notes` say what was decided: splits drawn, scorers chosen, rows skipped.
+
+    Raises:
+        UserError: naming the file and line, or the key, and what would be right.
+    """
+    found = find(source)
+    chosen = found.tasks if tasks is None else _select(found.tasks, tasks)
+    notes = list(found.notes)
+    loaded = []
+    for task in chosen:
+        if task.instruction is None:
+            task = replace(task, instruction=instruction)
+        loaded.append(_load_task(task, seed, skip_bad_rows, notes))
+    return Stream(found.name, tuple(loaded), tuple(notes))
+
+
+def _select(found: Sequence[TaskSource], names: Sequence[str]) -> tuple[TaskSource, ...]:
+    by_name = {task.name: task for task in found}
+    for name in names:
+        if name not in by_name:
+            raise UserError(f"tasks: the stream has no task {name!r}. {did_you_mean(str(name), by_name)}")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise UserError(f"tasks: {twice!r} is listed twice")
+    if not names:
+        raise UserError("tasks: the list is empty; name at least one task, or leave the key out for all")
+    return tuple(by_name[name] for name in names)
+
+
+def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[str]) -> Task:
+    if source.scorer is not None and source.scorer not in SCORERS:
+        hint = did_you_mean(source.scorer, SCORERS)
+        raise UserError(f"task {source.name!r}: unknown scorer {source.scorer!r}. {hint}")
+    faults = Faults(skip_bad_rows)
+    drafts = list(_usable(_read(source, faults), source, faults))
+    if faults.found:
+        notes.append(f"{source.name}: {len(faults.found)} rows skipped")
+        notes += faults.found
+    if not drafts:
+        raise UserError(f"task {source.name!r}: no row can be used{_first(faults.found)}")
+    drafts = _with_instructions(drafts, source, notes)
+    splits = _split(drafts, source.name, seed, notes)
+    scorer = source.scorer or _choose_scorer(source.name, splits["train"], notes)
+    if scorer == "option_letter":
+        _check_letters(drafts, source.name)
+    instructions = tuple(dict.fromkeys(draft.instruction or "" for draft in splits["train"]))
+    if len(instructions) > MANY_INSTRUCTIONS:
+        notes.append(
+            f"{source.name}: {len(instructions)} distinct instructions in {len(splits['train'])} training "
+            "rows; grouping compares all of them"
+        )
+    train, dev, test = (tuple(map(_row, splits[split])) for split in SPLITS)
+    return Task(source.name, instructions, train, dev, test, scorer)
+
+
+def _first(found: list[str]) -> str:
+    return f": {found[0]}" if found else ""
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def _read(source: TaskSource, faults: Faults) -> Iterator[Draft]:
+    """All rows of a task, each with its id, and with the split that its file stands for."""
+    if source.dataset is not None:
+        parts = _read_dataset(source.dataset, faults)
+    else:
+        parts = ((path.stem, split, read_file(path, faults)) for path, split in source.files)
+    seen: dict[tuple[str, str], str] = {}  # (scope, id): source
+    for part, split, drafts in parts:
+        for draft in drafts:
+            if split is not None and draft.split not in (None, split):
+                faults.add(UserError(f"{draft.source}: split {draft.split!r} in a file for {split!r}"))
+                continue
+            draft = replace(draft, split=split or draft.split)
+            try:
+                yield _with_id(draft, part, seen)
+            except UserError as fault:
+                faults.add(fault)
+
+
+def _with_id(draft: Draft, part: str, seen: dict[tuple[str, str], str]) -> Draft:
+    """Ids are unique in a file and in a split: files for different splits often count from 0 each."""
+    place = f"{part}:{draft.number}"
+    if draft.id is None:
+        draft = replace(draft, id=place)
+    elif draft.shared_id and (f"split {draft.split}", draft.id) in seen:
+        draft = replace(draft, id=f"{draft.id}@{place}")
+    scopes = [(f"file {part}", draft.id or ""), (f"split {draft.split}", draft.id or "")]
+    for scope in scopes:
+        if scope in seen and not draft.shared_id:
+            raise UserError(f"{draft.source}: the id {draft.id!r} was used before, at {seen[scope]}")
+    seen.update(dict.fromkeys(scopes, draft.source))
+    return draft
+
+
+def _read_dataset(name: str, faults: Faults) -> Iterator[tuple[str, str | None, list[Draft]]]:
+    """The splits of a hub data set, or of a folder written by `save_to_disk`."""
+    # imported here: only these sources need it, and it loads for seconds
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"data set {name!r} cannot be loaded, from a folder or from the hub: {error}"
+        ) from error
+    parts = loaded if isinstance(loaded, Mapping) else {None: loaded}
+    for part, rows in parts.items():
+        if part is not None and part not in SPLIT_NAMES:
+            raise UserError(
+                f"data set {name!r}: unknown split {part!r}. {did_you_mean(str(part), SPLIT_NAMES)}"
+            )
+        label = str(part or "data")
+        records = ((f"{name}/{label}:row {n}", n, record) for n, record in enumerate(rows, start=1))
+        yield label, None if part is None else SPLIT_NAMES[part], read_records(records, faults)
+
+
+def _usable(drafts: Iterator[Draft], source: TaskSource, faults: Faults) -> Iterator[Draft]:
+    """The drafts with their images found."""
+    bases = [(folder, folder.resolve()) for folder in source.image_folders]
+    for draft in drafts:
+        try:
+            images = tuple(_find_image(name, bases, draft.source) for name in draft.images)
+        except UserError as fault:
+            faults.add(fault)
+        else:
+            yield replace(draft, images=images)
+
+
+def _find_image(name: str, bases: Sequence[tuple[Path, Path]], source: str) -> str:
+    """The absolute path of an image, which must lie in one of the task's folders, links followed."""
+    if "://" in name[:10] or name.startswith("data:"):
+        raise UserError(f"{source}: image {name[:60]!r}: only files can be read; download it first")
+    outside = False
+    for folder, base in bases:
+        try:
+            path = (folder / name).resolve()
+            exists = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{source}: image {name[:60]!r} is not a usable path: {str(error)[:80]}"
+            ) from error
+        if exists and path.is_relative_to(base):
+            return str(path)
+        outside = outside or not path.is_relative_to(base)
+    places = " or ".join(str(folder) for folder, _ in bases)
+    if outside:
+        raise UserError(
+            f"{source}: image {name[:200]!r} leaves its folder {places}; set image_folder to where images lie"
+        )
+    raise UserError(f"{source}: image {name[:200]!r} does not exist in {places}")
+
+
+# --- what the task settles -------------------------------------------------------------------------------
+
+
+def _with_instructions(drafts: list[Draft], source: TaskSource, notes: list[str]) -> list[Draft]:
+    """Give every row its instruction: its own, the task's, its system message, or the shared last line.
+
+    A plain row's text gets the instruction appended where it is the row's own or the task's; elsewhere the
+    instruction is already in what the model reads.
+    """
+    open_rows = [draft for draft in drafts if draft.instruction is None]
+    if source.instruction is not None:
+        if not open_rows and source.instruction not in {draft.instruction for draft in drafts}:
+            notes.append(f"{source.name}: the task's instruction is not used: every row has its own")
+        return [_complete(draft, draft.instruction or source.instruction) for draft in drafts]
+    unnamed = [draft for draft in open_rows if draft.system is None]
+    line = _shared_last_line(unnamed, source.name)
+    if unnamed:
+        notes.append(f"{source.name}: instruction taken from the rows' last line: {line!r}")
+    if len(unnamed) < len(open_rows):
+        from_system = len(open_rows) - len(unnamed)
+        notes.append(f"{source.name}: instruction taken from the system message in {from_system} rows")
+    return [
+        _complete(draft, draft.instruction)
+        if draft.instruction is not None
+        else replace(draft, instruction=draft.system or line)
+        for draft in drafts
+    ]
+
+
+def _complete(draft: Draft, instruction: str) -> Draft:
+    """The row with its instruction, and for a plain row with the user text `{input}\\n{instruction}`."""
+    if draft.complete:
+        return replace(draft, instruction=instruction)
+    question = draft.turns[-1][1]
+    text = f"{question}\n{instruction}" if question.strip() else instruction
+    return replace(draft, instruction=instruction, turns=(*draft.turns[:-1], ("user", text)))
+
+
+def _shared_last_line(drafts: list[Draft], task: str) -> str:
+    """The last line of the question, where all rows that need one have the same."""
+    lines = {draft.turns[-1][1].strip().rpartition("\n")[2].strip(): draft.source for draft in drafts}
+    if not lines:
+        return ""
+    if len(lines) > 1 or "" in lines:
+        first, *others = lines.values()
+        raise UserError(
+            f"{first}: row without instruction: it has none of its own, task {task!r} names none, there is "
+            "no system message, and the rows do not end with one shared line (compare "
+            f"{others[0] if others else first}). Add 'instruction' to the rows, or to the task in tasks.json "
+            "or the configuration."
+        )
+    return next(iter(lines))
+
+
+def _split(drafts: list[Draft], task: str, seed: int, notes: list[str]) -> dict[str, list[Draft]]:
+    stated = [draft for draft in drafts if draft.split is not None]
+    if stated and len(stated) < len(drafts):
+        missing = next(draft for draft in drafts if draft.split is None)
+        raise UserError(
+            f"{missing.source}: row without split, while {stated[0].source} has one: state all or none"
+        )
+    if not stated:
+        drafts = _draw_splits(drafts, task, seed)
+    splits = {split: [draft for draft in drafts if draft.split == split] for split in SPLITS}
+    for split in ("train", "test"):
+        if not splits[split]:
+            raise UserError(
+                f"task {task!r}: the {split} split is empty ({drafts[0].source.rsplit(':', 1)[0]}): "
+                f'mark rows with "split": "{split}", or state no split at all to have one drawn'
+            )
+    sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
+    if not stated:
+        notes.append(f"{task}: no split stated, so 80/10/10 drawn with seed {seed}: {sizes}")
+    if not splits["dev"]:
+        notes.append(f"{task}: no dev rows")
+    return splits
+
+
+def _draw_splits(drafts: list[Draft], task: str, seed: int) -> list[Draft]:
+    if len(drafts) < 2:
+        raise UserError(f"{drafts[0].source}: task {task!r} has one row; a split needs at least two")
+    held_out = round(len(drafts) / 10)
+    names = ["test"] * max(1, held_out) + ["dev"] * held_out
+    names += ["train"] * (len(drafts) - len(names))
+    # the task's name is part of the seed: adding a task must not change the others' splits
+    random.Random(f"{seed}/{task}").shuffle(names)
+    return [replace(draft, split=name) for draft, name in zip(drafts, names, strict=True)]
+
+
+def _choose_scorer(task: str, train: list[Draft], notes: list[str]) -> str:
+    answers = [draft.outputs[0] for draft in train]
+    scorer = default_scorer(answers)
+    words = statistics.median(answer_words(answer) for answer in answers)
+    why = (
+        "all training answers are one letter"
+        if scorer == "option_letter"
+        else f"median answer length in words: {words:g}"
+    )
+    notes.append(f"{task}: scorer {scorer} ({why})")
+    return scorer
+
+
+def _check_letters(drafts: list[Draft], task: str) -> None:
+    for draft in drafts:
+        for output in draft.outputs:
+            if chosen_letter(output) is None:
+                raise UserError(
+                    f"{draft.source}: task {task!r} is scored by option_letter, but the answer "
+                    f"{output[:40]!r} names no option A-Z; correct it, or set another scorer"
+                )
+
+
+def _row(draft: Draft) -> Row:
+    return Row(
+        draft.id or "", draft.instruction or "", draft.turns, draft.outputs, draft.images, draft.source
+    )

@@ -1,0 +1,320 @@
+"""Where the tasks of a stream lie: a built-in name, a folder, a file, or a list in a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcia.errors import UserError, did_you_mean
+from lcia.stream.formats import SPLIT_NAMES, SUFFIXES, decode_utf8, parse_json, read_bytes
+
+DATA = Path(__file__).parent / "data"
+TASK_KEYS = ("name", "path", "instruction", "scorer", "image_folder")
+_TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# train.jsonl, or the hub's shards: train-00000-of-00002.parquet
+_SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(-\d+-of-\d+)?")
+_SAVED_DATASET = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A task that was found but not read: its files, each with the split it is for if its name says so.
+
+    `dataset` stands in place of files: a hub id, or a folder written by `datasets`' save_to_disk. Images are
+    looked for in `image_folders`, in order, and nowhere else.
+    """
+
+    name: str
+    files: tuple[tuple[Path, str | None], ...] = ()
+    dataset: str | None = None
+    instruction: str | None = None
+    scorer: str | None = None
+    image_folders: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tasks of a stream in the order in which they arrive."""
+
+    name: str
+    tasks: tuple[TaskSource, ...]
+    notes: tuple[str, ...] = ()
+
+
+def find(source: str | Path | Sequence[Mapping[str, Any]]) -> Found:
+    """The tasks that `source` names.
+
+    Raises:
+        UserError: there is no such stream, a task has no data, or names cannot be used or come twice.
+    """
+    if isinstance(source, str) and source in BUILT_IN:
+        found = BUILT_IN[source]()
+    elif isinstance(source, str | Path):
+        found = _at_path(Path(source).expanduser())
+    elif isinstance(source, list | tuple):
+        found = Found("list", tuple(_listed(entry, number) for number, entry in enumerate(source)))
+    else:
+        raise UserError(f"stream must be a name, a folder or a list of tasks, not {type(source).__name__}")
+    if not found.tasks:
+        raise UserError("stream: the list of tasks is empty; give at least one {name, path}")
+    _check_names(task.name for task in found.tasks)
+    return found
+
+
+def _at_path(path: Path) -> Found:
+    if path.is_dir():
+        try:
+            return folder(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+    if path.is_file():
+        return Found(path.stem, (_task(path.stem, str(path), None),))
+    hint = did_you_mean(str(path), BUILT_IN)
+    raise UserError(f"stream {str(path)!r} is neither a built-in stream nor a folder or file. {hint}")
+
+
+def folder(path: Path) -> Found:
+    """The tasks in a folder, in the order of its tasks.json, else alphabetically."""
+    if (path / "tasks.json").is_file():
+        return _manifest(path)
+    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    data_files = _data_files(path)
+    if _is_saved(path) or (data_files and all(_SPLIT_FILE.fullmatch(entry.stem) for entry in data_files)):
+        name = path.resolve().name
+        return Found(name, (_task(name, str(path), None),))
+    candidates = data_files + [
+        entry for entry in inside if entry.is_dir() and (_data_files(entry) or _is_saved(entry))
+    ]
+    if not candidates:
+        raise UserError(
+            f"{path}: no tasks here. A task is a file {' | '.join('NAME' + suffix for suffix in SUFFIXES)}, "
+            "or a folder NAME with train, dev and test files."
+        )
+    # two of one name stay together, so that the check on names sees them
+    candidates.sort(key=lambda entry: entry.name if entry.is_dir() else entry.stem)
+    tasks = [_task(entry.name if entry.is_dir() else entry.stem, str(entry), path) for entry in candidates]
+    return Found(path.resolve().name, tuple(tasks))
+
+
+def _manifest(path: Path) -> Found:
+    """The tasks that tasks.json lists: names, objects with `task` or `name`, or one object keyed by name."""
+    file = path / "tasks.json"
+    content = parse_json(decode_utf8(read_bytes(file), file), file)
+    if isinstance(content, dict) and isinstance(content.get("tasks"), dict | list):
+        content = content["tasks"]
+    if isinstance(content, dict):
+        if not all(isinstance(entry, dict) for entry in content.values()):
+            raise UserError(
+                f"{file}: an object must give each task's name an object: {{name: {{instruction: ...}}}}"
+            )
+        content = [{"name": name, **entry} for name, entry in content.items()]
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{file}: must be a list of task names, or of objects with 'task' (or 'name')")
+    tasks = []
+    for number, entry in enumerate(content):
+        where = f"{file}: [{number}]"
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} must be a task name, or an object with 'task' (or 'name')")
+        named = {_ALIASES.get(key, key): value for key, value in entry.items()}
+        if len(named) < len(entry):
+            raise UserError(f"{where}: 'task' and 'name', or 'file' and 'path', mean the same; keep one")
+        entry = named
+        _refuse_typos(entry, where)
+        fields = _fields({key: value for key, value in entry.items() if key in TASK_KEYS}, where)
+        if "name" not in fields:
+            raise UserError(f"{where} has no 'task' (or 'name')")
+        tasks.append(_from_fields(fields, path))
+    used = {file.resolve() for task in tasks for file, _ in task.files}
+    unlisted = [
+        entry.name
+        for entry in sorted(path.iterdir())
+        if entry.suffix in {".jsonl", ".parquet"} and entry.resolve() not in used
+    ]
+    notes = (f"not in {file}, so not part of the stream: {', '.join(unlisted)}",) if unlisted else ()
+    return Found(path.resolve().name, tuple(tasks), notes)
+
+
+_ALIASES = {"task": "name", "file": "path"}
+
+
+def _refuse_typos(entry: Mapping[str, Any], where: str) -> None:
+    """tasks.json may carry anything about a task (source, licence), but not a known key misspelt."""
+    for key in entry:
+        near = difflib.get_close_matches(key, TASK_KEYS, n=1, cutoff=0.85)
+        if key not in TASK_KEYS and near:
+            raise UserError(f"{where}: unknown key {key!r}. Did you mean {near[0]!r}?")
+
+
+def _listed(entry: Any, number: int) -> TaskSource:
+    """A task of the list in a configuration; its paths are relative to the working directory."""
+    where = f"stream[{number}]"
+    if not isinstance(entry, Mapping):
+        raise UserError(
+            f"{where} must be {{name, path, instruction?, scorer?, image_folder?}}, not {entry!r}"
+        )
+    for key in entry:
+        if key not in TASK_KEYS:
+            raise UserError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), TASK_KEYS)}")
+    fields = _fields(entry, where)
+    for key in ("name", "path"):
+        if key not in fields:
+            raise UserError(f"{where} has no {key!r}; a task is {{name, path, ...}}")
+    return _from_fields(fields, None)
+
+
+def _fields(entry: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The keys that have a value, each a text."""
+    fields = {}
+    for key, value in entry.items():
+        value = str(value) if isinstance(value, Path) else value
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {key!r} must be a text that is not empty, not {value!r}")
+        fields[key] = value
+    return fields
+
+
+def _from_fields(fields: Mapping[str, str], root: Path | None) -> TaskSource:
+    """The task of one entry; paths are relative to `root`, the folder of tasks.json, where there is one."""
+    name = fields["name"]
+    if root is None:
+        path = fields["path"]
+    elif "path" not in fields:
+        path = str(_by_name(name, root))
+    elif (root / fields["path"]).exists() or not _looks_like_hub_id(fields["path"]):
+        path = str(root / fields["path"])
+    else:
+        path = fields["path"]
+    image_folder = fields.get("image_folder")
+    return _task(
+        name,
+        path,
+        root,
+        instruction=fields.get("instruction"),
+        scorer=fields.get("scorer"),
+        image_folder=None if image_folder is None else (root or Path()) / Path(image_folder).expanduser(),
+    )
+
+
+def _by_name(name: str, root: Path) -> Path:
+    """The one file or folder in `root` that holds the task `name`."""
+    _check_names([name])
+    places = [root / f"{name}{suffix}" for suffix in SUFFIXES if (root / f"{name}{suffix}").is_file()]
+    places += [root / name] if (root / name).is_dir() else []
+    if len(places) > 1:
+        raise UserError(f"two tasks named {name!r}: {' and '.join(map(str, places))}; rename or remove one")
+    if not places:
+        there = {entry.stem for entry in root.iterdir() if entry.suffix in SUFFIXES or entry.is_dir()} - {
+            "tasks"
+        }
+        hint = did_you_mean(name, there) if there else ""
+        raise UserError(f"{root / 'tasks.json'}: no data for the task {name!r} in {root}. {hint}".rstrip())
+    return places[0]
+
+
+def _task(
+    name: str,
+    path: str,
+    root: Path | None,
+    *,
+    instruction: str | None = None,
+    scorer: str | None = None,
+    image_folder: Path | None = None,
+) -> TaskSource:
+    """The task whose data lie at `path`: a file, a folder with one file a split, or a hub id."""
+    place = Path(path).expanduser()
+    files: tuple[tuple[Path, str | None], ...] = ()
+    dataset = None
+    home = place
+    if place.is_file():
+        if place.suffix not in SUFFIXES:
+            raise UserError(
+                f"task {name!r}: {place} has an unknown ending; understood: {', '.join(SUFFIXES)}"
+            )
+        files, home = ((place, None),), place.parent
+    elif place.is_dir() and _is_saved(place):
+        dataset = str(place)
+    elif place.is_dir():
+        files = _split_files(place)
+    elif _looks_like_hub_id(path):
+        dataset, home = path, Path()
+    else:
+        raise UserError(f"task {name!r}: {place} does not exist")
+    if image_folder is not None and not image_folder.is_dir():
+        raise UserError(f"task {name!r}: image_folder {image_folder} is not a folder")
+    folders = (image_folder,) if image_folder is not None else (home, root) if root is not None else (home,)
+    return TaskSource(
+        name,
+        files,
+        dataset,
+        instruction=instruction,
+        scorer=scorer,
+        image_folders=tuple(dict.fromkeys(folders)),
+    )
+
+
+def _split_files(path: Path) -> tuple[tuple[Path, str | None], ...]:
+    """The data files of a task's folder: train, dev and test by name, else data.*, else the only one."""
+    inside = _data_files(path)
+    named = [(entry, match) for entry in inside if (match := _SPLIT_FILE.fullmatch(entry.stem))]
+    whole: dict[str, Path] = {}
+    for entry, match in named:
+        split = SPLIT_NAMES[match[1]]
+        if match[2] is None and split in whole:
+            raise UserError(f"{path}: two files for the split {split}: {whole[split].name} and {entry.name}")
+        if match[2] is None:
+            whole[split] = entry
+    if named:
+        return tuple((entry, SPLIT_NAMES[match[1]]) for entry, match in named)
+    chosen = [entry for entry in inside if entry.stem == "data"] or inside
+    if len(chosen) != 1:
+        raise UserError(
+            f"{path}: a task's folder holds train, dev and test files ({', '.join(SUFFIXES)}) or one data "
+            f"file; found {', '.join(entry.name for entry in inside) or 'none'}"
+        )
+    return ((chosen[0], None),)
+
+
+def _data_files(path: Path) -> list[Path]:
+    return sorted(
+        entry
+        for entry in path.iterdir()
+        if entry.suffix in SUFFIXES and entry.is_file() and not entry.name.startswith(".")
+    )
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return _HUB_ID.fullmatch(path) is not None and not path.endswith(SUFFIXES)
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SAVED_DATASET)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    seen: dict[str, str] = {}  # folded name: as written, for file systems that ignore case
+    for name in names:
+        if not _TASK_NAME.fullmatch(name):
+            raise UserError(
+                f"task name {name!r} cannot be used: it names folders and adapters, so only A-Z a-z 0-9 _ - "
+                "(at most 100). Rename the file, or name the task in tasks.json or in the configuration."
+            )
+        if name.casefold() in seen:
+            other = seen[name.casefold()]
+            also = "" if other == name else f" (the other is {other!r}; case does not tell them apart)"
+            raise UserError(f"two tasks named {name!r}{also}; rename one")
+        seen[name.casefold()] = name
+
+
+def _assistant() -> Found:
+    return Found("assistant", folder(DATA / "assistant").tasks)
+
+
+BUILT_IN: dict[str, Callable[[], Found]] = {"assistant": _assistant}

@@ -1,0 +1,59 @@
+"""What arrives: rows, tasks, and the stream they form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    `messages` are the turns before the answer, in the order they are shown to the model:
+    (role, text) pairs with roles system, user, assistant; the last one is always a user turn.
+    For a plain row that is the single user turn `{input}\\n{instruction}`.
+    """
+
+    id: str
+    instruction: str  # what the codebook matches and the router routes by
+    messages: tuple[tuple[str, str], ...]
+    outputs: tuple[str, ...]  # outputs[0] is the training target; each one counts as a reference
+    images: tuple[str, ...] = ()  # absolute paths
+    source: str = ""  # "file:line", for error messages
+
+
+@dataclass(frozen=True)
+class Task:
+    """One instruction data set of the stream."""
+
+    name: str
+    instructions: tuple[str, ...]  # the distinct ones of the training rows, in order of appearance
+    train: tuple[Row, ...]
+    dev: tuple[Row, ...]
+    test: tuple[Row, ...]
+    scorer: str  # a key of lcia.stream.scorers.SCORERS
+
+    @property
+    def has_images(self) -> bool:
+        return any(row.images for rows in (self.train, self.dev, self.test) for row in rows)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they arrive."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    notes: tuple[
+        str, ...
+    ] = ()  # what the loader decided and the user should see (splits drawn, rows skipped)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getitem__(self, index: int) -> Task:
+        return self.tasks[index]

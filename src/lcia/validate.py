@@ -1,0 +1,56 @@
+"""What `lcia validate` tells before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lcia.backbone.chat import encode_row
+from lcia.backbone.loading import find_model, load_tokenizer
+from lcia.config import RunConfig
+from lcia.grouping import Codebook
+from lcia.methods import build_method
+from lcia.run import check_output_dir, check_text_only, load_run_stream
+from lcia.stream import Stream, StreamSummary, describe, load_stream
+
+
+def validate_config(config: RunConfig) -> StreamSummary:
+    """Everything `lcia train` would check, and the stream in numbers.
+
+    Raises:
+        UserError: as `lcia train` would, before it trains.
+    """
+    stream = load_run_stream(config)
+    check_text_only(stream, config.model)
+    check_output_dir(Path(config.output_dir))
+    codebook = build_method(config.method_parts()).codebook
+    tokenizer = load_tokenizer(find_model(config.model), config.model)
+    return describe(
+        stream,
+        count_tokens=lambda row: len(encode_row(tokenizer, row)),
+        max_length=config.max_length,
+        groups=None if codebook is None else planned_groups(stream, codebook),
+    )
+
+
+def validate_folder(folder: Path, model: str | None = None) -> StreamSummary:
+    """A folder's rows in numbers, counted in the model's tokens when one is named, and the groups lcia would form."""
+    stream = load_stream(folder)
+    groups = planned_groups(stream, Codebook())
+    if model is None:
+        return describe(stream, groups=groups)
+    tokenizer = load_tokenizer(find_model(model), model)
+    limit = RunConfig.model_fields["max_length"].default
+    return describe(
+        stream, count_tokens=lambda row: len(encode_row(tokenizer, row)), max_length=limit, groups=groups
+    )
+
+
+def planned_groups(stream: Stream, codebook: Codebook) -> dict[str, tuple[str, float | None]]:
+    """{task: (group it would join, similarity)} when the tasks arrive in the stream's order; fills the codebook."""
+    planned: dict[str, tuple[str, float | None]] = {}
+    for task in stream:
+        match = codebook.match(task.instructions)
+        group = match.group or task.name
+        planned[task.name] = (group, match.score if match.scores else None)
+        codebook.add(group, task.instructions)
+    return planned
