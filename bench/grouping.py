@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python bench/grouping.py                  1,000, 10,000 and 100,000 saved instructions
     OMP_NUM_THREADS=1 python bench/grouping.py --similarity tfidf_codebook --json out.json
 
-The instructions are made up: a verb, two nouns of the group's own, and a closing such as "using a single word or
-phrase" that most share, so that a request touches most of the saved instructions. That is the hard case for an
-inverted index, and what real instructions look like.
+The instructions are made up: a verb, two nouns of the group's own, and a closing ("using a single word") that
+most share, so that a request touches most of the saved instructions: the hard case for an inverted index, and
+what real instructions look like.
 
-scikit-learn refitted on each pair (the released code) is timed on 2,000 pairs and extrapolated; the output says
-so. The figures of one run are in results/grouping.md.
+scikit-learn refitted on each pair (the released code) is timed on 2,000 pairs and extrapolated; the output
+says so. The figures of one run are in results/grouping.md.
 """
 
 from __future__ import annotations
@@ -85,24 +85,24 @@ def timed_ms(act: Callable[[Any], object], arguments: Iterable[Any]) -> dict[str
 
 def measure(instructions: int, similarity: str) -> dict[str, Any]:
     saved = made_up(instructions // PER_GROUP, PER_GROUP, seed=0)
-    new = made_up(instructions // PER_GROUP, 10, seed=1)
+    tasks = list(made_up(instructions // PER_GROUP, 10, seed=1).values())[:50]
+    asked = made_up(instructions // PER_GROUP, max(1, 200 * PER_GROUP // instructions), seed=2)
+    requests = [text for texts in asked.values() for text in texts][:200]  # all different: nothing is remembered
     before_mib, start = resident_mib(), time.perf_counter()
     book = Codebook(similarity=similarity)
     for group, texts in saved.items():
         book.add(group, texts)
     build_s, memory_mib = time.perf_counter() - start, resident_mib() - before_mib
-    tasks = list(new.values())[:200]
-    requests = [texts[0] for texts in tasks] * (200 // len(tasks))
     router = Router(book)
-    router.route(requests[0])
-    touched = np.mean([np.count_nonzero(next(iter(book.index.rows([text])))) for text in requests[:20]])
+    router.route("a request that is not among those timed")
     with tempfile.TemporaryDirectory() as folder:
         path, start = Path(folder) / "codebook.json", time.perf_counter()
         book.save(path)
         save_s, start = time.perf_counter() - start, time.perf_counter()
         Codebook.load(path)
         load_s = time.perf_counter() - start
-    route, match = timed_ms(router.route, requests), timed_ms(book.match, tasks[:50])
+    route, match = timed_ms(router.route, requests), timed_ms(book.match, tasks)
+    touched = np.mean([np.count_nonzero(next(iter(book.index.rows([text])))) for text in requests[:20]])
     added = timed_ms(lambda item: book.add(f"new{item[0]}", item[1]), list(enumerate(tasks)))
     return {
         "instructions": instructions,
@@ -120,9 +120,7 @@ def measure(instructions: int, similarity: str) -> dict[str, Any]:
 
 def refitted_per_pair(instructions: int) -> dict[str, float]:
     """scikit-learn on PAIRS_TIMED pairs, the closed form on the same ones, and what all pairs would take."""
-    saved = [
-        text for texts in made_up(PAIRS_TIMED // PER_GROUP, PER_GROUP, seed=0).values() for text in texts
-    ]
+    saved = [text for texts in made_up(PAIRS_TIMED // PER_GROUP, PER_GROUP, seed=0).values() for text in texts]
     new = made_up(1, 1, seed=1)["group0"][0]
     start = time.perf_counter()
     scores = []
@@ -142,9 +140,7 @@ def refitted_per_pair(instructions: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instructions", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--similarity", choices=list(SIMILARITIES), default="tfidf_pair")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -157,19 +153,21 @@ def main() -> None:
     for instructions in options.instructions:
         row = measure(instructions, options.similarity)
         rows.append(row)
-        route, match = row["route_one_ms"], row["match_ten_ms"]
+        route, match, added = row["route_one_ms"], row["match_ten_ms"], row["add_ten_ms"]
         print(
-            f"{row['instructions']:>8,} {row['groups']:>6,} {row['touched_fraction']:>7.0%} {row['build_s']:>5.2f} s"
-            f" {row['memory_mib']:>4.0f} MiB {row['load_s']:>5.2f} s {route['median']:>12.3f} / {route['p95']:>6.3f} ms"
-            f" {match['median']:>12.2f} / {match['p95']:>6.2f} ms {row['add_ten_ms']['median']:>6.2f} ms"
+            f"{row['instructions']:>8,} {row['groups']:>6,} {row['touched_fraction']:>7.0%}"
+            f" {row['build_s']:>5.2f} s {row['memory_mib']:>4.0f} MiB {row['load_s']:>5.2f} s"
+            f" {route['median']:>12.3f} / {route['p95']:>6.3f} ms"
+            f" {match['median']:>12.2f} / {match['p95']:>6.2f} ms {added['median']:>6.2f} ms"
         )
         sys.stdout.flush()
     loop = refitted_per_pair(max(options.instructions))
+    most = f"{max(options.instructions):,}"
     print(
-        f"scikit-learn refitted on each pair: {loop['pair_ms']:.3f} ms a pair over {loop['pairs_timed']:,} timed"
+        f"scikit-learn refitted on each pair: {loop['pair_ms']:.3f} ms over {loop['pairs_timed']:,} timed"
         f" pairs (largest difference to tfidf_pair {loop['largest_difference']:.1e}).\n"
-        f"EXTRAPOLATED to {max(options.instructions):,} saved instructions: one request "
-        f"{loop['route_one_s_extrapolated']:,.0f} s, a task of ten {loop['match_ten_s_extrapolated']:,.0f} s."
+        f"EXTRAPOLATED to {most} saved instructions: one request {loop['route_one_s_extrapolated']:,.0f} s,"
+        f" a task of ten {loop['match_ten_s_extrapolated']:,.0f} s."
     )
     if options.json:
         result = {"similarity": options.similarity, "machine": machine, "rows": rows, "scikit_learn": loop}

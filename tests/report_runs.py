@@ -115,9 +115,7 @@ def make_run(
         "seed": seed,
         "learning_rate": 5e-4,
     }
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump(settings | {"output_dir": str(folder)} | (config or {}))
-    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"output_dir": str(folder)} | (config or {})))
     log = [step for i, task in enumerate(trained) for step in _steps(task, i, n_steps, task in averages)]
     (folder / "training_log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in log))
     for i, task in enumerate(tasks):
@@ -173,7 +171,7 @@ def _write_predictions(
         lines.append(
             {
                 "id": f"{task}-{i}",
-                "prompt": f"<|im_start|>user\ni want to fly to city {i}\n{INTENT}<|im_end|>\n<|im_start|>assistant\n",
+                "prompt": f"<|im_start|>user\ni want to fly to city {i}\n{INTENT}<|im_end|>\n",
                 "prediction": reference[0] if hit else "cancel the reservation",
                 "reference": reference,
                 "score": float(hit),

@@ -148,6 +148,13 @@ def test_sentence_vectors_are_those_of_the_published_model() -> None:
 
 
 @needs_encoder
+def test_space_and_a_full_stop_do_not_change_a_sentence() -> None:
+    index = Sentence()
+    index.add(["Answer the question.", " 回答问题。\n"])
+    np.testing.assert_array_equal([row.max() for row in index.rows(["Answer the question", "回答问题"])], 1.0)
+
+
+@needs_encoder
 def test_loading_the_encoder_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     sentence_module.load_encoder.cache_clear()
     sentence_module.load_encoder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 from pathlib import Path
@@ -200,3 +201,8 @@ def test_the_argument_is_not_changed() -> None:
     copy = matrix.copy()
     accuracy_metrics(matrix)
     np.testing.assert_array_equal(matrix, copy)
+
+
+def test_the_example_in_the_docs() -> None:
+    page = Path(__file__).parents[1] / "docs/concepts/metrics.md"
+    assert doctest.testfile(str(page), module_relative=False).failed == 0

@@ -344,6 +344,7 @@ def test_two_tasks_of_one_name(tmp_path: Path) -> None:
         ({"name": "a", "path": ""}, "'path' must be a text that is not empty"),
         ({"name": "a", "path": "none.jsonl"}, "none.jsonl does not exist"),
         ({"name": "a", "path": "no/such/folder"}, "does not exist"),
+        ({"name": "a", "path": "crowd/z"}, "crowd/z does not exist"),
         ({"name": "a", "path": "notes.txt"}, "unknown ending"),
         ({"name": "a", "path": "empty"}, "found none"),
         ({"name": "a", "path": "crowd"}, "found x.jsonl, y.jsonl"),

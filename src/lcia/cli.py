@@ -39,7 +39,10 @@ def main() -> None:
         print(f"lcia: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("lcia: interrupted; nothing that was finished is lost (`lcia resume RUN` goes on)", file=sys.stderr)
+        print(
+            "lcia: interrupted; nothing that was finished is lost (`lcia resume RUN` goes on)",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the last resort: a message instead of a page of frames
         if os.environ.get("LCIA_DEBUG"):
@@ -76,24 +79,24 @@ def validate(
     source: Annotated[str, typer.Argument(help="CONFIG.yaml or a folder of data")],
     overrides: Overrides = None,
     model: Annotated[
-        str | None, typer.Option(help="Count tokens as this model does (a folder's rows are counted in words).")
+        str | None,
+        typer.Option(help="Count tokens as this model does (a folder's rows are counted in words)."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a configuration or a folder of data and print what it holds."""
     from lcia.validate import validate_config, validate_folder
 
-    path = Path(source)
-    if path.is_dir():
-        summary = validate_folder(path, model)
-    else:
-        summary = validate_config(_config(source, overrides))
+    is_folder = Path(source).is_dir()
+    summary = validate_folder(Path(source), model) if is_folder else validate_config(_config(source, overrides))
     _emit(as_json, summary.as_dict(), summary)
 
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="CONFIG.yaml")], overrides: Overrides = None, as_json: Json = False
+    config: Annotated[str, typer.Argument(help="CONFIG.yaml")],
+    overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Learn a stream from its first task to its last, measuring after each."""
     from lcia.progress import Reporter

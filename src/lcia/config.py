@@ -107,14 +107,13 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     Raises:
         UserError: a key is unknown (the nearest valid one is named) or a value has the wrong type.
     """
+    valid = [*RunConfig.model_fields, *_training_argument_names() - _OWNED_ARGUMENTS]
     extra = set(values) - set(RunConfig.model_fields)
     for key in sorted(extra, key=str):
         if key in _OWNED_ARGUMENTS:
             raise UserError(f"{where}: key {key!r} is set by lcia itself; remove it")
         if key not in _training_argument_names():
-            raise UserError(
-                f"{where}: unknown key {key!r}. {did_you_mean(str(key), [*RunConfig.model_fields, *_training_argument_names()])}"
-            )
+            raise UserError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), valid)}")
     try:
         config = RunConfig(**values)
     except ValidationError as error:

@@ -11,7 +11,7 @@ from lcia.config import RunConfig
 from lcia.errors import UserError
 from lcia.progress import Reporter
 from lcia.report import Run, comparison_json, comparison_table, load_run, matrix_table, write_report
-from lcia.run import require_run, resume, train
+from lcia.run import resume, train
 
 METHODS = ("lora", "lcia")
 # Sized to ten minutes on two CPU cores; `make study-demo` runs the full size with three seeds.
@@ -66,7 +66,7 @@ def run_demo(folder: Path) -> DemoResult:
         config = RunConfig(**SETTINGS, method=method, output_dir=str(folder / method))
         with Reporter() as reporter:
             if (folder / method / "config.yaml").is_file():
-                _require_same(require_run(folder / method), config)
+                _require_same(folder / method, config)
                 resume(folder / method, reporter)
             else:
                 train(config, reporter)

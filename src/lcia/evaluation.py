@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -81,9 +82,19 @@ class AnswerCache:
         self.reused = 0
 
     def answers(
-        self, adapter_sha256: str | None, prompts: Sequence[Sequence[int]], decoding: Decoding, compute: Callable[[], list[str]]
+        self,
+        adapter_sha256: str | None,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        compute: Callable[[], list[str]],
     ) -> list[str]:
-        content = [self._base, adapter_sha256, [list(p) for p in prompts], decoding.max_new_tokens, decoding.batch_size]
+        content = [
+            self._base,
+            adapter_sha256,
+            [list(p) for p in prompts],
+            decoding.max_new_tokens,
+            decoding.batch_size,
+        ]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         path = self._folder / f"{key}.json"
         if path.is_file():
@@ -101,7 +112,7 @@ class TaskResult:
     """One cell of the matrix."""
 
     score: float  # percent
-    records: list[dict[str, object]]  # one per test row, as in predictions/ROW/TASK.jsonl
+    records: list[dict[str, Any]]  # one per test row, as in predictions/ROW/TASK.jsonl
     too_long: int  # rows whose prompt does not fit; they count as wrong
 
 
@@ -133,7 +144,7 @@ def evaluate_task(
         )
         for i, answer in zip(mine, answers, strict=True):
             predictions[i] = answer
-    records: list[dict[str, object]] = []
+    records: list[dict[str, Any]] = []
     for row, prompt, match, prediction, fit in zip(rows, prompts, matches, predictions, fits, strict=True):
         score = scorer(prediction, row.outputs) if fit else 0.0
         records.append(
@@ -147,5 +158,5 @@ def evaluate_task(
                 **({} if fit else {"too_long": True}),
             }
         )
-    total = sum(float(record["score"]) for record in records)  # type: ignore[arg-type]
+    total = sum(record["score"] for record in records)
     return TaskResult(100.0 * total / len(records), records, fits.count(False))

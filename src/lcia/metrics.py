@@ -59,9 +59,7 @@ def _scores(matrix: Any) -> Scores:
         raise ValueError(f"matrix must be (T+1, T) with T >= 1 tasks; got shape {scores.shape}")
     if np.isinf(scores).any():
         row, column = np.argwhere(np.isinf(scores))[0]
-        raise ValueError(
-            f"matrix of shape {scores.shape} has an infinite cell at row {row}, task {column + 1}"
-        )
+        raise ValueError(f"matrix of shape {scores.shape} has an infinite cell at row {row}, task {column + 1}")
     return scores
 
 

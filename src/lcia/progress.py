@@ -50,8 +50,8 @@ class Reporter:
         self._title, self._tasks, self._rows = title, list(tasks), {}
         self._line(title)
 
-    def start(self, what: str, total: int) -> None:
-        """A piece of work with `total` units begins; the one before is over."""
+    def start(self, what: str, total: int | None) -> None:
+        """A piece of work begins, the one before is over. total: its units, None if not yet known."""
         if self._current is not None:
             self._bar.remove_task(self._current)
         self._current = self._bar.add_task(what, total=total, note="")
@@ -59,8 +59,8 @@ class Reporter:
         self._loss = float("nan")
         self._refresh()
 
-    def advance(self, units: int = 1, note: str = "") -> None:
-        self._bar.update(self._current, advance=units, **({"note": note} if note else {}))
+    def advance(self, units: int = 1) -> None:
+        self._bar.update(self._current, advance=units)
         self._refresh()
 
     def training_step(self, record: dict[str, Any]) -> None:
@@ -72,6 +72,7 @@ class Reporter:
             self._bar.update(
                 self._current,
                 completed=record["step"],
+                total=record["total_steps"],
                 note=f"loss {self._loss:.3f}  {record['examples_per_s']:.1f} examples/s",
             )
         self._refresh()

@@ -20,7 +20,9 @@ from lcia.stream import Task
 LogFunction = Callable[[dict[str, Any]], None]  # one dict per optimizer step
 
 
-def answer_loss(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], num_items: torch.Tensor | int) -> torch.Tensor:
+def answer_loss(
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], num_items: torch.Tensor | int
+) -> torch.Tensor:
     """Cross entropy of the answer tokens, summed and divided by the answer tokens of the whole optimizer step.
 
     Logits are computed for the right edge only: prompt positions have no loss, and the vocabulary
@@ -82,8 +84,11 @@ class _Moments(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            self._log({"task": self._task.name, "step": state.global_step, **values, **self._method.log()})
+            values: dict[str, Any] = {
+                key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
+            }
+            record: dict[str, Any] = {"task": self._task.name, "step": state.global_step}
+            self._log({**record, **values, **self._method.log()})
 
 
 class TaskTrainer(Trainer):
@@ -153,7 +158,7 @@ def learn_task(
     trainer = TaskTrainer(
         model=model,
         args=settings,
-        train_dataset=list(rows),  # type: ignore[arg-type]
+        train_dataset=list(rows),
         data_collator=lambda batch: collate(batch, pad_id),
         callbacks=[_Moments(method, task, placement, log)],
         method=method,

@@ -9,7 +9,8 @@ from lcia.backbone.loading import find_model, load_tokenizer
 from lcia.config import RunConfig
 from lcia.grouping import Codebook
 from lcia.methods import build_method
-from lcia.run import check_output_dir, check_text_only, load_run_stream
+from lcia.run import check_text_only, load_run_stream
+from lcia.run_folder import RunFolder
 from lcia.stream import Stream, StreamSummary, describe, load_stream
 
 
@@ -21,7 +22,7 @@ def validate_config(config: RunConfig) -> StreamSummary:
     """
     stream = load_run_stream(config)
     check_text_only(stream, config.model)
-    check_output_dir(Path(config.output_dir))
+    RunFolder(config.output_dir).require_free()
     codebook = build_method(config.method_parts()).codebook
     tokenizer = load_tokenizer(find_model(config.model), config.model)
     return describe(
@@ -40,9 +41,7 @@ def validate_folder(folder: Path, model: str | None = None) -> StreamSummary:
         return describe(stream, groups=groups)
     tokenizer = load_tokenizer(find_model(model), model)
     limit = RunConfig.model_fields["max_length"].default
-    return describe(
-        stream, count_tokens=lambda row: len(encode_row(tokenizer, row)), max_length=limit, groups=groups
-    )
+    return describe(stream, count_tokens=lambda row: len(encode_row(tokenizer, row)), max_length=limit, groups=groups)
 
 
 def planned_groups(stream: Stream, codebook: Codebook) -> dict[str, tuple[str, float | None]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -52,29 +54,35 @@ class AdapterPool:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT asks transformers under a name that transformers has renamed; nothing a user could do.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # PEFT's own reader confuses short names with its prefix; ours matches `lora_X.NAME` exactly.
+            warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
             torch.manual_seed(stable_seed(self._seed, name))
             if self._peft is None:
                 self._peft = get_peft_model(self._base, config, adapter_name=name)
             else:
                 self._peft.add_adapter(name, config)
         if start is not None:
-            source, target = self.parameters(start), self.parameters(name)
-            with torch.no_grad():
-                for key, parameter in target.items():
-                    parameter.copy_(source[key.replace(f".{name}.", f".{start}.")])
+            self._copy_in(name, self._state(start))
 
     def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         """{full parameter name: parameter} of one adapter, in the model's order."""
         self._require(name)
-        marker = f".{name}."
-        found = {
-            key: parameter
-            for key, parameter in self.model.named_parameters()
-            if "lora_" in key and marker in key  # a module of the base may bear the group's name
-        }
+        belongs = _of_adapter(name)
+        found = {key: parameter for key, parameter in self.model.named_parameters() if belongs.search(key)}
         if not found:
             raise RuntimeError(f"adapter {name!r} has no parameters")
         return found
+
+    def _state(self, name: str) -> dict[str, torch.Tensor]:
+        """{parameter name without the adapter's: tensor}: what PEFT writes into adapter_model.safetensors."""
+        belongs = _of_adapter(name)
+        return {belongs.sub(r"\1", key): value.detach() for key, value in self.parameters(name).items()}
+
+    @torch.no_grad()
+    def _copy_in(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        belongs = _of_adapter(name)
+        for key, parameter in self.parameters(name).items():
+            parameter.copy_(state[belongs.sub(r"\1", key)])
 
     def train_only(self, name: str) -> dict[str, torch.nn.Parameter]:
         """Make `name` the active adapter and the only thing that trains; checked, not assumed.
@@ -89,7 +97,9 @@ class AdapterPool:
             parameter.requires_grad_(key in mine)
         trained = {key for key, parameter in self._peft.named_parameters() if parameter.requires_grad}
         if trained != set(mine):
-            raise RuntimeError(f"adapter {name!r}: {len(trained ^ set(mine))} parameters are wrongly (un)trained")
+            raise RuntimeError(
+                f"adapter {name!r}: {len(trained ^ set(mine))} parameters are wrongly (un)trained"
+            )
         return mine
 
     @contextlib.contextmanager
@@ -107,15 +117,15 @@ class AdapterPool:
 
     def sha256(self, name: str) -> str:
         """Content hash of one adapter's weights, independent of its name."""
-        return weights_sha256({key.replace(f".{name}.", "."): value for key, value in self.parameters(name).items()})
+        return weights_sha256(self._state(name))
 
     def save(self, name: str, folder: Path) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json`: plain PEFT loads the folder."""
         self._require(name)
         assert self._peft is not None
         folder.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(self._peft, adapter_name=name)
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
+        state = {key: value.cpu().contiguous() for key, value in self._state(name).items()}
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config = copy.copy(self._peft.peft_config[name])
         config.base_model_name_or_path = self._base_name  # PEFT puts the local cache folder here
         config.inference_mode = True
@@ -132,15 +142,20 @@ class AdapterPool:
             raise UserError(f"{path}: missing; the pool's adapter {name!r} cannot be loaded")
         try:
             state = load_file(path)
-        except Exception as error:  # safetensors raises its own type for each kind of damage
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable safetensors file: {error}") from error
         if name not in self.names:
             self.add(name)
-        expected = get_peft_model_state_dict(self._peft, adapter_name=name)
+        expected = self._state(name)
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
             raise UserError(f"{path}: its weights do not fit this model and lora_r, lora_target_modules")
-        set_peft_model_state_dict(self._peft, state, adapter_name=name)
+        self._copy_in(name, state)
 
     def _require(self, name: str) -> None:
         if name not in self.names:
             raise ValueError(f"no adapter {name!r}; the pool has {self.names}")
+
+
+def _of_adapter(name: str) -> re.Pattern[str]:
+    """Matches the adapter's own part of a PEFT parameter name, `lora_A.NAME`, and nothing of the base's modules."""
+    return re.compile(rf"(\blora_\w+)\.{re.escape(name)}(?=\.|$)")

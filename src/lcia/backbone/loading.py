@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lcia.backbone.cache import cache_dir
 from lcia.errors import UserError, did_you_mean
@@ -44,6 +51,11 @@ class Backbone:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str  # sha256 of the weights: predictions are only reused under the same one
 
+    @property
+    def pad_id(self) -> int:
+        """`load_tokenizer` sees to it that there is one."""
+        return int(self.tokenizer.pad_token_id)
+
 
 def find_model(name: str) -> str:
     """The folder or hub id that `name` stands for; converts a GGUF file once into the cache.
@@ -62,13 +74,16 @@ def find_model(name: str) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"model folder {name}: no config.json in it")
         if not any(found for pattern in _WEIGHT_PATTERNS for found in path.glob(pattern)):
-            raise UserError(f"model folder {name}: no weights in it (looked for {', '.join(_WEIGHT_PATTERNS)})")
+            raise UserError(
+                f"model folder {name}: no weights in it (looked for {', '.join(_WEIGHT_PATTERNS)})"
+            )
         return name
     if path.exists():
         raise UserError(f"model {name}: a file that is not GGUF; give a folder, a .gguf file or a hub id")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"model {name!r}: no such folder, and not a built-in name or a hub id `owner/name`. {did_you_mean(name, BUILT_IN)}"
+            f"model {name!r}: no such folder, not a built-in name and not a hub id `owner/name`. "
+            + did_you_mean(name, BUILT_IN)
         )
     return name
 
@@ -91,9 +106,11 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
         if config.model_type in _not_decoder_only(config):
             raise UserError(f"model {name}: {config.model_type} is not a decoder-only language model")
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=getattr(torch, settings["dtype"]), attn_implementation=settings["attn_implementation"]
+            where,
+            dtype=getattr(torch, settings["dtype"]),
+            attn_implementation=settings["attn_implementation"],
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     model.requires_grad_(False)
     model.eval().to(device)
@@ -105,7 +122,9 @@ def load_tokenizer(where: str, name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"model {name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name}: its tokenizer has no eos_token, so an answer could never end")
     if tokenizer.pad_token_id is None:
@@ -165,7 +184,9 @@ def _dequantised(gguf: Path) -> Path:
         try:
             os.replace(partial, folder)
         except OSError:
-            if not (folder / "complete.json").is_file():  # else another process was faster, with the same bytes
+            if not (
+                folder / "complete.json"
+            ).is_file():  # else another process was faster, with the same bytes
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

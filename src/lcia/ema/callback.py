@@ -82,9 +82,7 @@ class DynamicEMACallback(TrainerCallback):
             )
         defaults = {
             "total_steps": state.max_steps,
-            "examples_per_gradient": args.train_batch_size
-            * args.gradient_accumulation_steps
-            * args.world_size,
+            "examples_per_gradient": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "optimizer": kwargs["optimizer"],
         }
         self.ema = DynamicEMA(model.named_parameters(), **{**defaults, **self.options})
@@ -110,9 +108,7 @@ class DynamicEMACallback(TrainerCallback):
         ema.observe(self._unclip)
         ema.step()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log and self.trainer is not None:
             self.trainer.log(self.log_values())
         self._show_average(control)
@@ -127,9 +123,7 @@ class DynamicEMACallback(TrainerCallback):
     ) -> None:
         self._evaluated = False
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._evaluated and not self._evaluations_left:
             raise RuntimeError(
                 "the first set of this evaluation was seen by the averaged weights, this one by the raw weights. "
@@ -139,21 +133,15 @@ class DynamicEMACallback(TrainerCallback):
         if not self._evaluations_left:
             self._shown.close()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer is None and "loss" in kwargs["logs"]:
             values = self.log_values()
             kwargs["logs"].update(values)
             state.log_history[-1].update(values)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._evaluations_left:
-            raise RuntimeError(
-                "a checkpoint was saved in the middle of an evaluation: it holds θ* instead of θ"
-            )
+            raise RuntimeError("a checkpoint was saved in the middle of an evaluation: it holds θ* instead of θ")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._running().save(folder / FILE_NAME, write=args.should_save)
 

@@ -32,13 +32,9 @@ class ClipWatch:
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad][
-            -WATCHED_PARAMETERS:
-        ]
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad][-WATCHED_PARAMETERS:]
         self._copies: dict[int, Tensor] = {}
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._copy) for parameter in self._parameters
-        ]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._copy) for parameter in self._parameters]
         self.unknown = 0  # times that nothing could be found out, because all watched gradients were zero
 
     def _copy(self, parameter: Tensor) -> None:

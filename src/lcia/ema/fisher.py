@@ -14,11 +14,13 @@ example they are the same number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lcia.ema.sharding import local
 
 SOURCES = ("running", "adamw", "per_example")
 
@@ -28,7 +30,7 @@ def bias_correction(decay: float | Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed > 0, 1 / (1 - decay ** observed.clamp_min(1)), torch.zeros_like(observed))
 
 
-def adamw_second_moment(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], Tensor]:
+def adamw_second_moment(optimizer: Any, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     """The running means of g² that Adam or AdamW keeps, and the factors (n,) that make them unbiased.
 
     Raises:
@@ -41,17 +43,33 @@ def adamw_second_moment(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> 
         for parameter in group["params"]
     }
     moments, decay, steps = [], [], []
-    for name, parameter in named:
+    for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         if id(parameter) not in decays or "exp_avg_sq" not in state:
             raise ValueError(
                 f"the optimizer {type(optimizer).__name__} keeps no running mean of squared gradients (exp_avg_sq) for "
                 f"{name}: fisher_source='adamw' needs torch.optim.Adam or AdamW after a step; 'running' works with all"
             )
-        moments.append(state["exp_avg_sq"])
+        moments.append(local(state["exp_avg_sq"]))
         decay.append(decays[id(parameter)])
         steps.append(torch.as_tensor(state["step"]))
     observed = torch.stack(steps)
-    return moments, bias_correction(
-        torch.tensor(decay, dtype=observed.dtype, device=observed.device), observed
-    )
+    return moments, bias_correction(torch.tensor(decay, dtype=observed.dtype, device=observed.device), observed)
+
+
+def watch_backward_passes(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors to which every backward pass adds the square of what it adds to each gradient."""
+
+    def add_square_to(total: Tensor) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            wide = gradient.detach().float()
+            total.addcmul_(wide, wide)
+
+        return hook
+
+    totals = []
+    for parameter in parameters:
+        total = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+        parameter.register_hook(add_square_to(total))
+        totals.append(total)
+    return totals

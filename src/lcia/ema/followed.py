@@ -2,61 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lcia.ema.layout import WIDTH, Block, Layout, wide_dtype
 
-# Following all elements would be a third number a parameter. The mean over this many is exact for smaller tensors; for
-# larger ones its standard error is at most 0.5 / √512 = 0.022.
-FOLLOWED_PER_TENSOR = 512
+# Following all elements would be a third number a parameter. The mean over F is exact for tensors that have no more
+# elements; for larger ones its standard error is at most 0.5 / √512 = 0.022.
+FOLLOWED = 512
 
 
 class Followed:
-    """Π β of some elements of each tensor, chosen once, at random with a fixed seed.
+    """Π β of F elements of each tensor, chosen once, at random with a fixed seed.
 
-    Even spacing would not do: it aligns with the columns of a matrix and would follow two of its columns only.
+    Even spacing would not do: it aligns with the columns of a matrix and would follow two of its columns only. The
+    choice is among all elements, whoever holds them, so that another number of processes can go on with it.
+
+    Args:
+        layout: where this process's parts of the n tensors lie.
+        sizes: how many elements the whole tensors have.
+        positions: for each part, which elements of its whole tensor it holds, ascending; None: all.
     """
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, sizes: Sequence[int], positions: Sequence[Tensor | None]):
+        n, device = len(sizes), layout.device
         generator = torch.Generator().manual_seed(0)
-        chosen = []
-        for row, size in zip(layout.first_row, layout.sizes, strict=True):
-            picked = torch.randperm(size, generator=generator)[:FOLLOWED_PER_TENSOR].sort().values
-            chosen.append(row * WIDTH + picked)
-        index = torch.cat(chosen)  # (Q,) positions in the flat buffer, ascending
-        counts = torch.tensor([len(picked) for picked in chosen])
-        self._counts = counts.to(layout.device)  # (n,)
-        bounds = torch.tensor([[block.first * WIDTH, block.last * WIDTH] for block in layout.blocks]).reshape(
-            -1, 2
-        )
-        self._span = {
-            block.first: (int(start), int(stop))
-            for block, (start, stop) in zip(
-                layout.blocks, torch.searchsorted(index, bounds).tolist(), strict=True
+        here = torch.zeros(FOLLOWED, n, dtype=torch.bool)
+        flat, slots = [], []
+        for tensor, (size, held) in enumerate(zip(sizes, positions, strict=True)):
+            picked = torch.arange(size)
+            if size > FOLLOWED:
+                picked = torch.randint(size, (FOLLOWED,), generator=generator).sort().values
+            slot = torch.arange(len(picked))
+            if held is not None:
+                place = torch.searchsorted(held.contiguous(), picked).clamp_max(max(0, len(held) - 1))
+                mine = held[place] == picked if len(held) else torch.zeros_like(picked, dtype=torch.bool)
+                picked, slot = place[mine], slot[mine]
+            here[slot, tensor] = True
+            flat.append(layout.first_row[tensor] * WIDTH + picked)
+            slots.append(slot * n + tensor)
+        self._here = here.to(device)  # (F, n)
+        self._count = torch.tensor([min(size, FOLLOWED) for size in sizes], device=device)  # (n,)
+        self.product = self._here.to(wide_dtype(device))  # (F, n) Π β, 0 where another process holds the element
+
+        index = torch.cat(flat)  # positions in the flat buffer, ascending
+        slot_of = torch.cat(slots).to(device)
+        self._of_block = {}
+        for block in layout.blocks:
+            bounds = torch.tensor([block.first * WIDTH, block.last * WIDTH])
+            first, last = torch.searchsorted(index, bounds).tolist()
+            self._of_block[block.first] = (
+                (index[first:last] - block.first * WIDTH).to(device),
+                slot_of[first:last],
             )
-        }
-        starts = torch.cat(
-            [index[slice(*self._span[block.first])] - block.first * WIDTH for block in layout.blocks]
-            or [index]
-        )
-        self._index = starts.to(layout.device)  # (Q,) positions in their blocks
-        self.product = torch.ones(
-            len(index), dtype=wide_dtype(layout.device), device=layout.device
-        )  # (Q,) Π β
 
     def multiply(self, block: Block, move: Tensor) -> None:  # (rows of the block, W)
         """Multiply by β = 1 − move in this block."""
-        span = slice(*self._span[block.first])
-        self.product[span] *= 1 - move.reshape(-1)[self._index[span]].to(self.product.dtype)
+        index, slot = self._of_block[block.first]
+        product = self.product.view(-1)
+        product[slot] *= 1 - move.reshape(-1)[index].to(product.dtype)
 
-    def mean(self) -> Tensor:  # (n,)
-        """Mean of Π β over the followed elements of each tensor; 0 for a tensor without elements here."""
-        total = torch.segment_reduce(self.product, "sum", lengths=self._counts, unsafe=True)
-        return total / self._counts.clamp_min(1)
+    def mean_parts(self) -> Tensor:  # (n,)
+        """What this process adds to the mean of Π β over the followed elements of each tensor."""
+        return self.product.sum(0) / self._count
 
-    def restore(self, product: Tensor | None, mean: Tensor) -> None:  # (Q,) or None, (n,)
-        """Continue from a stored product, or, where none was stored, from each tensor's mean."""
-        if product is None:
-            product = torch.repeat_interleave(mean, self._counts)
-        self.product.copy_(product)
+    def restore(self, product: Tensor) -> None:  # (F, n)
+        """Continue from the product of all processes."""
+        self.product.copy_(torch.where(self._here, product.to(self.product), 0))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 WIDTH = 256
-# 2^17 fp32 numbers are 512 KiB: the fastest of 2^14 … 2^23 in bench/ema.py on a processor with 1 MiB of L2 a core.
-CPU_BLOCK_ELEMENTS = 1 << 17
+# 2^18 fp32 numbers are 1 MiB: the fastest of 2^15 … 2^23 on a processor with 1 MiB of L2 and 32 MiB of L3 cache.
+CPU_BLOCK_ELEMENTS = 1 << 18
 # A GPU wants few launches; four scratch buffers of this size are 64 MiB.
 GPU_BLOCK_ELEMENTS = 1 << 22
 
@@ -73,9 +73,7 @@ class Layout:
             position += count
         self.n_rows = position
         self.rows_per_tensor = torch.tensor(rows, device=device)  # (n,)
-        self.tensor_of_row = torch.repeat_interleave(
-            torch.arange(len(rows), device=device), self.rows_per_tensor
-        )
+        self.tensor_of_row = torch.repeat_interleave(torch.arange(len(rows), device=device), self.rows_per_tensor)
         self.block_rows = max(1, block_elements // WIDTH)
         self.blocks = [
             self._block(first, min(first + self.block_rows, self.n_rows))
@@ -86,9 +84,10 @@ class Layout:
         pieces = []
         padded: list[tuple[int, int]] = []  # (row in the block, elements used in it)
         for tensor, (row, size) in enumerate(zip(self.first_row, self.sizes, strict=True)):
-            start = max(0, (first - row) * WIDTH)
-            stop = min(size, (last - row) * WIDTH)
-            if start >= stop:
+            start = min(size, max(0, (first - row) * WIDTH))
+            stop = max(0, min(size, (last - row) * WIDTH))
+            empty = size == 0 and first <= row < last  # a shard without elements: a piece, so that none is left out
+            if start >= stop and not empty:
                 continue
             offset = (row - first) * WIDTH + start
             pieces.append(Piece(tensor, start, stop, offset))
@@ -101,9 +100,7 @@ class Layout:
             last,
             tuple(pieces),
             padded_rows=torch.tensor([row for row, _ in padded], dtype=torch.long, device=self.device),
-            padding=columns >= used
-            if padded
-            else torch.zeros(0, WIDTH, dtype=torch.bool, device=self.device),
+            padding=columns >= used if padded else torch.zeros(0, WIDTH, dtype=torch.bool, device=self.device),
         )
 
     def new(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -133,9 +130,9 @@ class Layout:
         wide = row_sums.to(wide_dtype(self.device)).t().contiguous()
         return torch.segment_reduce(wide, "sum", lengths=self.rows_per_tensor, unsafe=True).t()
 
-    def spread(self, per_tensor: Tensor, block: Block) -> Tensor:  # (n,) -> (rows of the block, 1)
+    def spread(self, per_tensor: Tensor) -> Tensor:  # (n,) -> (R, 1)
         """One number a tensor, repeated for each of its rows."""
-        return per_tensor[self.tensor_of_row[block.rows]][:, None]
+        return per_tensor[self.tensor_of_row][:, None]
 
 
 class Scratch:
@@ -144,10 +141,8 @@ class Scratch:
     def __init__(self, layout: Layout):
         rows = min(layout.block_rows, layout.n_rows)
         self.buffer = torch.zeros(rows, WIDTH, device=layout.device)
-        self.slots = {
-            block.first: [self._slot(layout, piece) for piece in block.pieces] for block in layout.blocks
-        }
-        self.sizes = layout.sizes
+        self._slots = {block.first: [self._slot(layout, piece) for piece in block.pieces] for block in layout.blocks}
+        self._sizes = layout.sizes
 
     def _slot(self, layout: Layout, piece: Piece) -> Tensor:
         slot = self.buffer.view(-1)[piece.offset : piece.offset + piece.stop - piece.start]
@@ -156,13 +151,13 @@ class Scratch:
 
     def fill(self, block: Block, tensors: Sequence[Tensor]) -> Tensor:  # -> (rows of the block, W)
         """The block's part of these tensors, one after another, in fp32."""
-        sources = [
-            tensors[piece.tensor]
-            if piece.stop - piece.start == self.sizes[piece.tensor]
-            else tensors[piece.tensor].reshape(-1)[piece.start : piece.stop]
-            for piece in block.pieces
-        ]
-        torch._foreach_copy_(self.slots[block.first], sources)
+        first, last = block.pieces[0], block.pieces[-1]
+        sources = list(tensors[first.tensor : last.tensor + 1])
+        for piece in {first, last}:  # a block may begin or end inside a tensor
+            if piece.stop - piece.start != self._sizes[piece.tensor]:
+                flat = tensors[piece.tensor].reshape(-1)
+                sources[piece.tensor - first.tensor] = flat[piece.start : piece.stop]
+        torch._foreach_copy_(self._slots[block.first], sources)
         return block.clear_padding(self.rows(block))
 
     def rows(self, block: Block) -> Tensor:  # -> (rows of the block, W)

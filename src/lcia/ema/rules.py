@@ -50,9 +50,8 @@ class Moment:
     previous_gradient: Tensor | None = None  # g_{t−1}
     previous_weights: Tensor | None = None  # θ_{t−1}
     importance: Tensor | None = None  # F_old; None is zero
-    strength: float = 1.0  # λ
     squares: Tensor | None = None  # running mean of g², biased towards its start at zero
-    correction: Tensor | None = None  # what makes it unbiased, times the examples a gradient is the mean of
+    correction: Tensor | None = None  # what makes F_new / λ of it
 
 
 # name: how it is made of a moment, written to `out`, or to a new tensor when that is None
@@ -61,18 +60,11 @@ READS: dict[str, Callable[[Moment, Tensor | None], Tensor]] = {
     "step": lambda now, out: torch.sub(now.weights, _known(now.previous_weights), out=out),
     "gradient": lambda now, out: _known(now.gradient),
     "gradient_plus_one": lambda now, out: torch.add(_known(now.gradient), 1, out=out),
-    "gradient_change": lambda now, out: torch.sub(
-        _known(now.gradient), _known(now.previous_gradient), out=out
-    ),
-    "importance": lambda now, out: _importance(now, out),
+    "gradient_change": lambda now, out: torch.sub(_known(now.gradient), _known(now.previous_gradient), out=out),
+    # none in the first task: nothing is needed by an earlier one
+    "importance": lambda now, out: torch.zeros_like(now.weights) if now.importance is None else now.importance,
     "curvature": lambda now, out: torch.mul(_known(now.squares), _known(now.correction), out=out),
 }
-
-
-def _importance(now: Moment, out: Tensor | None) -> Tensor:
-    if now.importance is None:  # the first task: nothing is needed by an earlier one
-        return torch.zeros_like(now.weights) if out is None else out.zero_()
-    return torch.mul(now.importance, now.strength, out=out)
 
 
 def _known(tensor: Tensor | None) -> Tensor:
@@ -94,9 +86,7 @@ def stationary(*, gradient_plus_one: Tensor, step: Tensor, offset: Tensor, gradi
     return 1 - gradient_plus_one * step / (offset * gradient_change)
 
 
-def printed(
-    *, previous_offset: Tensor, gradient_plus_one: Tensor, offset: Tensor, gradient_change: Tensor
-) -> Tensor:
+def printed(*, previous_offset: Tensor, gradient_plus_one: Tensor, offset: Tensor, gradient_change: Tensor) -> Tensor:
     """`eq45`: 1 − β = ‖θ_{t−1} − θ*_{t−1}‖ · ‖g_t + 1‖ / (‖θ_t − θ*_{t−1}‖ · ‖g_t − g_{t−1}‖) (Eq. 45, App. E)."""
     return previous_offset * gradient_plus_one / (offset * gradient_change)
 
@@ -110,7 +100,9 @@ def released(*, gradient: Tensor, offset: Tensor, gradient_change: Tensor) -> Te
 
 
 def fisher(*, importance: Tensor, curvature: Tensor, exponent: float) -> Tensor:
-    """`fisher`: β = w^(1/total_steps) with w = λF_old / (λF_old + F_new), so that Π β over the task is w.
+    """`fisher`: β = w^(1/total_steps), w = λF_old / (λF_old + F_new), so that Π β over the task is w.
+
+    `importance` is F_old, `curvature` F_new / λ: only their ratio counts.
 
     Two quadratic losses with curvatures F_old around the start point and F_new around the new minimum have their joint
     minimum at w · start + (1 − w) · new: the mean of the Laplace posterior. Where the old tasks need nothing
@@ -119,8 +111,8 @@ def fisher(*, importance: Tensor, curvature: Tensor, exponent: float) -> Tensor:
     """
     total = importance + curvature
     # 0/0 is an element nobody has needed yet: w = 0, it follows the training
-    share = importance / total.clamp_min(torch.finfo(total.dtype).tiny)
-    return -torch.expm1(torch.log(share) * exponent)
+    share = importance / total.clamp_min_(torch.finfo(total.dtype).tiny)
+    return share.log_().mul_(exponent).expm1_().neg_()
 
 
 RULES: dict[str, Rule] = {

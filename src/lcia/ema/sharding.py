@@ -25,9 +25,7 @@ def refuse_unreadable(name: str, parameter: Tensor) -> None:
             "them inside engine.step(). DynamicEMA would average nothing without saying so: use DDP or FSDP2 instead."
         )
     if getattr(parameter, "_fsdp_flattened", False):
-        raise RuntimeError(
-            f"{name} is a view into an FSDP1 flat parameter: use FSDP2 (fsdp_version: 2) instead."
-        )
+        raise RuntimeError(f"{name} is a view into an FSDP1 flat parameter: use FSDP2 (fsdp_version: 2) instead.")
     if parameter.numel() == 0:
         raise RuntimeError(
             f"{name} has no elements on this process although it is not a DTensor, so something unknown shards it: "
@@ -82,9 +80,7 @@ class Reduction:
         for name, parameter in parameters.items():
             if isinstance(parameter, DTensor):
                 if self.mesh is not None and parameter.device_mesh != self.mesh:
-                    raise ValueError(
-                        f"{name} lies on {parameter.device_mesh}, other parameters on {self.mesh}"
-                    )
+                    raise ValueError(f"{name} lies on {parameter.device_mesh}, other parameters on {self.mesh}")
                 self.mesh = parameter.device_mesh
         for parameter in parameters.values():
             copies.append(self._copies(parameter))
@@ -105,6 +101,10 @@ class Reduction:
     @property
     def sharded(self) -> bool:
         return self.mesh is not None
+
+    @property
+    def processes(self) -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
 
     def sum(self, values: Tensor) -> Tensor:  # (k, n) -> (k, n)
         """Σ over the processes, each element of a parameter counted once. One message for all."""

@@ -52,11 +52,7 @@ class Codebook:
     """
 
     def __init__(self, threshold: float = 0.9, reduce: str = "mean", similarity: str = "tfidf_pair") -> None:
-        if (
-            isinstance(threshold, bool)
-            or not isinstance(threshold, int | float)
-            or not math.isfinite(threshold)
-        ):
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
             raise UserError(f"threshold: {threshold!r} is not a finite number")
         _known("reduce", reduce, REDUCTIONS)
         _known("similarity", similarity, SIMILARITIES)

@@ -73,11 +73,7 @@ class Explanation:
         if self.nearest is None:
             return ["Opens a new group: there is none yet."]
         score, sign = self.match.score, "≥" if self.match.group else "<"
-        act = (
-            f"Trains group {self.nearest}"
-            if self.match.group
-            else f"Opens a new group; nearest is {self.nearest}"
-        )
+        act = f"Trains group {self.nearest}" if self.match.group else f"Opens a new group; nearest is {self.nearest}"
         words = ", ".join(f"{word} {value:+.3f}" for word, value in list(self.words.items())[:SHOWN_WORDS])
         other = "opens a new group" if self.match.group else f"trains {self.nearest}"
         side = f"above {score:.3f}" if self.match.group else f"of {score:.3f} or lower"
@@ -167,9 +163,7 @@ def threshold_ranges(
     return ranges
 
 
-def _join_above(
-    bound: float, tasks: Mapping[str, Sequence[str]], codebook: Codebook
-) -> tuple[dict[str, str], float]:
+def _join_above(bound: float, tasks: Mapping[str, Sequence[str]], codebook: Codebook) -> tuple[dict[str, str], float]:
     """The groups when every task with a score above `bound` joins, and the lowest such score."""
     groups, lowest = {}, math.inf
     for task, instructions in tasks.items():

@@ -190,9 +190,7 @@ class CodebookTfidf(Similarity):
     def __init__(self, analyzer: Analyzer) -> None:
         self.analyzer = analyzer
         self.postings = Postings()
-        self._norms: Floats = np.empty(
-            0
-        )  # (N,) ‖b‖² with a new text that shares no term; of the N it was made for
+        self._norms: Floats = np.empty(0)  # (N,) ‖b‖² with a new text that shares no term; of the N it was made for
 
     def add(self, texts: Sequence[str]) -> None:
         for text in texts:
@@ -246,7 +244,8 @@ class CodebookTfidf(Similarity):
 class Sentence(Similarity):
     """Cosine of sentence vectors of all-MiniLM-L6-v2: meaning beyond words. Needs the extra `sentence`.
 
-    Rounded to 6 decimals, the precision of the encoder.
+    Rounded to 6 decimals, the precision of the encoder. Space around an instruction and a full stop at its end
+    are left out: to the encoder a full stop weighs as much as a word.
     """
 
     def __init__(self) -> None:
@@ -254,23 +253,27 @@ class Sentence(Similarity):
         self._matrix: NDArray[np.float32] = np.empty((0, 0), np.float32)  # (N, D) once asked for
 
     def add(self, texts: Sequence[str]) -> None:
-        self._vectors += [encode(text) for text in texts]
+        self._vectors += [_vector(text) for text in texts]
 
     def rows(self, texts: Sequence[str]) -> Iterator[Floats]:
         if len(self._matrix) != len(self._vectors):
             self._matrix = np.stack(self._vectors)
         for text in texts:
-            yield np.round(self._matrix @ encode(text), 6, out=np.empty(len(self._matrix)))
+            yield np.round(self._matrix @ _vector(text), 6, out=np.empty(len(self._matrix)))
 
     def words(self, text: str, saved: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
         """What the sum loses when a word is left out: a vector of a sentence has no share for each word."""
-        target = np.array(weights) @ np.stack([encode(other) for other in saved])  # (D,)
+        target = np.array(weights) @ np.stack([_vector(other) for other in saved])  # (D,)
         words = text.split()
         added = defaultdict[str, float](float)
         for place, word in enumerate(words):
             rest = " ".join(words[:place] + words[place + 1 :])
-            added[word.lower().strip(".,;:!?()\"'")] += float((encode(text) - encode(rest)) @ target)
+            added[word.lower().strip(".,;:!?()\"'")] += float((_vector(text) - _vector(rest)) @ target)
         return dict(added)
+
+
+def _vector(text: str) -> NDArray[np.float32]:
+    return encode(text.strip().rstrip(".。").rstrip())
 
 
 def _square_norms(shared: Ints, squares: int | Ints) -> Floats:

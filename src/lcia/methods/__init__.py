@@ -33,7 +33,7 @@ def build_method(parts: list[tuple[str, dict[str, Any]]], where: str = "configur
                 raise UserError(f"{where}: key 'method': {name} has no option {key!r}. {hint}")
         try:
             built.append(METHODS[name](**options))
-        except (ValueError, TypeError) as error:
+        except (UserError, ValueError, TypeError) as error:
             raise UserError(f"{where}: key 'method': {name}: {error}") from error
     return Combined(built)
 

@@ -33,6 +33,8 @@ class Averaging(Method):
             self.options["retained"] = retained
         if rule == "fisher":
             self.options["strength"] = strength
+        # DynamicEMA knows which values it takes; a wrong one must be refused now, not when the first task begins.
+        DynamicEMA({"check": torch.nn.Parameter(torch.zeros(1))}, total_steps=1, **self.options)
         self._importance: dict[str, dict[str, torch.Tensor]] = {}  # adapter → {parameter: F_old}
         self._average: DynamicEMA | None = None
         self._report: dict[str, Any] = {}
@@ -119,6 +121,11 @@ class LLaCA(Averaging):
     name = "llaca"
 
     def __init__(
-        self, *, rule: str = "fixed", retained: float | None = 0.3, fallback: float = 0.99, strength: float = 1.0
+        self,
+        *,
+        rule: str = "fixed",
+        retained: float | None = 0.3,
+        fallback: float = 0.99,
+        strength: float = 1.0,
     ) -> None:
         super().__init__(rule=rule, retained=retained, fallback=fallback, strength=strength)

@@ -177,9 +177,15 @@ class Combined(Method):
         return {key: value for part in self.parts for key, value in part.report().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {f"{i}.{key}": value for i, part in enumerate(self.parts) for key, value in part.state_dict().items()}
+        return {
+            f"{i}.{key}": value
+            for i, part in enumerate(self.parts)
+            for key, value in part.state_dict().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for i, part in enumerate(self.parts):
             mine = f"{i}."
-            part.load_state_dict({key[len(mine) :]: value for key, value in state.items() if key.startswith(mine)})
+            part.load_state_dict(
+                {key[len(mine) :]: value for key, value in state.items() if key.startswith(mine)}
+            )

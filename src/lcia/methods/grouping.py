@@ -33,7 +33,7 @@ class InstructionGroups(Method):
     ) -> None:
         if start not in ("last", "random"):
             raise ValueError(f"start must be last or random, got {start!r}")
-        self.codebook = Codebook(threshold=threshold, reduce=reduce, similarity=similarity)
+        self.codebook: Codebook = Codebook(threshold=threshold, reduce=reduce, similarity=similarity)
         self._route_threshold = route_threshold
         self._start = start
         self._last: str | None = None
@@ -57,7 +57,10 @@ class InstructionGroups(Method):
         return Router(self.codebook, self._route_threshold).route_many(instructions)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last": self._last, "groups": {group: list(texts) for group, texts in self.codebook.groups.items()}}
+        return {
+            "last": self._last,
+            "groups": {group: list(texts) for group, texts in self.codebook.groups.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last = state["last"]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,7 @@ class Metric:
 
 METRICS = (
     Metric("avg_acc", "Avg.ACC", True, "mean score over all tasks after the last one"),
-    Metric(
-        "forgetting", "Forgetting", False, "points lost since the best earlier score, mean over earlier tasks"
-    ),
+    Metric("forgetting", "Forgetting", False, "points lost since the best earlier score, mean over earlier tasks"),
     Metric("new_acc", "New.ACC", True, "mean score on each task just after learning it"),
     Metric("bwt", "BWT", True, "final score less the score just after learning, mean over earlier tasks"),
     Metric("fwt", "FWT", True, "mean score on each task just before learning it"),
@@ -141,7 +140,8 @@ class Arena:
     def title(self) -> str:
         order = "" if self.order is None else f", order {self.order}"
         split = f", {self.eval_split} rows" if self.eval_split not in (None, "test") else ""
-        return f"{self.stream or 'stream not recorded'}{order} on {self.model}{split}"
+        model = Path(self.model).name if Path(self.model).is_absolute() else self.model
+        return f"{self.stream or 'stream not recorded'}{order} on {model}{split}"
 
     @property
     def runs(self) -> tuple[Run, ...]:

@@ -97,16 +97,12 @@ class Results(_Record):
     metrics: dict[str, float | None]
 
     groups: dict[str, str | None] = Field(default_factory=dict)  # task → group
-    group_scores: dict[str, dict[str, float | None]] = Field(
-        default_factory=dict
-    )  # task → {group: similarity}
+    group_scores: dict[str, dict[str, float | None]] = Field(default_factory=dict)  # task → {group: similarity}
     threshold: float | None = None
     scorers: dict[str, str] = Field(default_factory=dict)
     eval_split: str | None = None
     left_out: dict[str, int] = Field(default_factory=dict)  # task → training rows that do not fit
-    too_long: dict[str, int] = Field(
-        default_factory=dict
-    )  # task → test rows that do not fit, counted as wrong
+    too_long: dict[str, int] = Field(default_factory=dict)  # task → test rows that do not fit, counted as wrong
     date: str | None = None
     stream: str | None = None
     routing: Routing = Routing()

@@ -32,7 +32,7 @@ def _points(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−") if abs(value) >= _VISIBLE else "±0.0"
+    return f"{value:+.1f}".replace("-", "−") if abs(value) >= _VISIBLE else "0.0"
 
 
 def _percent(found: Estimate) -> str:
@@ -107,9 +107,7 @@ def _against_baseline(learners: Sequence[Series]) -> list[str]:
     if better:
         sentences.append(f"Higher Avg.ACC than {baseline.label}, in points: {_listed(better)}.")
     if unclear:
-        sentences.append(
-            f"Higher than {baseline.label}, but the difference's interval includes 0: {_listed(unclear)}."
-        )
+        sentences.append(f"Higher than {baseline.label}, but the difference's interval includes 0: {_listed(unclear)}.")
     if not_better:
         sentences.append(f"No help here, Avg.ACC not above {baseline.label}: {_listed(not_better)}.")
     best = max(learners, key=lambda one: _mean(one, "avg_acc"))
@@ -121,13 +119,11 @@ def _difference(gain: Estimate) -> str:
 
 
 def _price(best: Series, baseline: Series) -> list[str]:
-    """Whether the best method learns new tasks less well than the baseline: the usual price of remembering."""
+    """Does the best method learn new tasks less well than the baseline? The usual price of remembering."""
     change = paired_difference(best, baseline, "new_acc")
     if best is baseline or change is None or change.mean > -_VISIBLE:
         return []
-    return [
-        f"{best.label} learns new tasks less well than {baseline.label}: New.ACC {_difference(change)} points."
-    ]
+    return [f"{best.label} learns new tasks worse than {baseline.label}: New.ACC {_difference(change)} points."]
 
 
 def _outside_the_contest(arena: Arena, references: Sequence[Series]) -> list[str]:
@@ -148,7 +144,5 @@ def _outside_the_contest(arena: Arena, references: Sequence[Series]) -> list[str
 
 def _about_chance(series: Sequence[Series]) -> list[str]:
     if all(len(one.runs) == 1 for one in series):
-        return (
-            ["One seed each: how much of a difference is chance cannot be told."] if len(series) > 1 else []
-        )
+        return ["One seed each: how much of a difference is chance cannot be told."] if len(series) > 1 else []
     return ["± is the half width of a 95 % t-interval over seeds."]

@@ -18,6 +18,7 @@ NOT_MEASURED = "–"
 NOT_RECORDED = "not recorded"
 _WIDE_STREAM = 8  # tasks; more, and the console's columns move together
 _ROW_NAME_WIDTH = 26
+_ROW_NAME_WIDTH_WIDE = 20  # so that 19 tasks fit 120 columns
 
 COST_NAMES = {
     "train_s": "Training",
@@ -75,7 +76,7 @@ def estimate_text(found: Estimate | None, n_runs: int = 1, digits: int = 2) -> s
 
 
 def _best_rows(series: Sequence[Series], metric: Metric) -> set[int]:
-    """The rows with the best value, among the methods that learn task after task; none where all are equal."""
+    """Rows with the best value among the methods that learn task after task; none if all are equal."""
     sign = 1 if metric.higher_is_better else -1
     values = {
         row: sign * found.mean
@@ -98,9 +99,7 @@ def metrics_grid(arena: Arena) -> Grid:
         for one in arena.series
     )
     best = frozenset(
-        (row, column)
-        for column, metric in enumerate(METRICS, start=2)
-        for row in _best_rows(arena.series, metric)
+        (row, column) for column, metric in enumerate(METRICS, start=2) for row in _best_rows(arena.series, metric)
     )
     return Grid(("Method", "Seeds", *(metric.name for metric in METRICS)), rows, best)
 
@@ -133,9 +132,7 @@ def row_names(tasks: Sequence[str]) -> list[str]:
 
 
 def _console(title: str) -> Table:
-    return Table(
-        title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
-    )
+    return Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
@@ -162,8 +159,9 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 def matrix_table(run: Run) -> Table:
     """For the console: the accuracy matrix of one run, percent; `–` was not measured."""
     table = _console(f"{run.method}, seed {run.seed}: score in percent")
-    table.padding = (0, 0 if len(run.tasks) > _WIDE_STREAM else 1)
-    table.add_column("", no_wrap=True, max_width=_ROW_NAME_WIDTH)
+    wide = len(run.tasks) > _WIDE_STREAM
+    table.padding = (0, 0 if wide else 1)
+    table.add_column("", no_wrap=True, max_width=_ROW_NAME_WIDTH_WIDE if wide else _ROW_NAME_WIDTH)
     for number in range(1, len(run.tasks) + 1):  # the rows carry the names
         table.add_column(str(number), justify="right", no_wrap=True)
     last = len(run.tasks)
@@ -192,7 +190,5 @@ def comparison_markdown(runs: Sequence[Run]) -> str:
     """The metrics of all runs as Markdown tables, one an arena."""
     parts = []
     for arena in arrange(runs):
-        parts.append(
-            f"**{_markdown_cell(arena.title)}**, {len(arena.tasks)} tasks\n\n{markdown(metrics_grid(arena))}"
-        )
+        parts.append(f"**{_markdown_cell(arena.title)}**, {len(arena.tasks)} tasks\n\n{markdown(metrics_grid(arena))}")
     return "\n\n".join(parts) + "\n\nPercent; mean ± half width of the 95 % t-interval over seeds.\n"

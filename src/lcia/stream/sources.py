@@ -243,10 +243,11 @@ def _task(
         dataset = str(place)
     elif place.is_dir():
         files = _split_files(place)
-    elif _looks_like_hub_id(path):
+    elif _looks_like_hub_id(path) and not place.parent.is_dir():
+        # beside an existing folder it is a mistyped path, not worth half a minute of asking the hub
         dataset, home = path, Path()
     else:
-        raise UserError(f"task {name!r}: {place} does not exist")
+        raise UserError(f"task {name!r}: {place} does not exist (a hub id is written owner/name)")
     if image_folder is not None and not image_folder.is_dir():
         raise UserError(f"task {name!r}: image_folder {image_folder} is not a folder")
     folders = (image_folder,) if image_folder is not None else (home, root) if root is not None else (home,)

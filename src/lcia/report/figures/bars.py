@@ -79,9 +79,7 @@ def _draw(series: Sequence[Series], found: Sequence[_Panel], columns: int) -> Fi
 def _bars(axis: Axes, panel: _Panel, series: Sequence[Series], named: bool, title: str) -> None:
     """The first series on top, each with its number behind the bar; absent values say so."""
     axis.set_title(title)
-    axis.set_yticks(
-        range(len(series)), [fitted(one.label, 26) for one in series] if named else [""] * len(series)
-    )
+    axis.set_yticks(range(len(series)), [fitted(one.label, 26) for one in series] if named else [""] * len(series))
     axis.set_ylim(max(len(series), 2) - 0.4, -0.6)
     axis.set_xticks([])
     axis.grid(visible=False)
@@ -99,9 +97,7 @@ def _bars(axis: Axes, panel: _Panel, series: Sequence[Series], named: bool, titl
         if half:
             axis.errorbar(value.mean, row, xerr=half, color=INK, lw=1, capsize=2)
         end = max(0.0, value.mean + half)
-        axis.annotate(
-            panel.texts[row], (end, row), (4, 0), textcoords="offset points", va="center", fontsize=7.5
-        )
+        axis.annotate(panel.texts[row], (end, row), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
         ends += [end, min(0.0, value.mean - half)]
     low, high = min(ends), max(panel.top or 0.0, *ends)
     span = (high - low) or 1.0

@@ -47,9 +47,7 @@ def group_similarities(run: Run) -> Figure:
         text = ("new" if joined else "·") if math.isnan(score) else f"{score:.2f}"
         axis.text(column, row, text, ha="center", va="center", color=INK if joined else FAINT, fontsize=7.5)
         if joined:
-            axis.add_patch(
-                Rectangle((column - 0.47, row - 0.44), 0.94, 0.88, fill=False, edgecolor=INK, lw=1.2)
-            )
+            axis.add_patch(Rectangle((column - 0.47, row - 0.44), 0.94, 0.88, fill=False, edgecolor=INK, lw=1.2))
     threshold = "not recorded" if run.threshold is None else f"{run.threshold:g}"
     axis.set_title(f"similarity to each group; joined from {threshold}")
     return figure

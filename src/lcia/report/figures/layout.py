@@ -41,7 +41,7 @@ def panel_columns(n_tasks: int) -> int:
 
 def panel_title(text: str, columns: int) -> str:
     """As much of the text as fits above a panel without reaching into the next one."""
-    return fitted(text, 96 // columns)
+    return fitted(text, 104 // columns)
 
 
 def panels(n: int, columns: int, panel_height_in: float, top_in: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -106,9 +106,7 @@ def heat_map(axis: Axes, values: NDArray[np.float64], top: float) -> None:
     Args:
         values: (rows, columns).
     """
-    strongest = [
-        HEAT_ALPHA * a + (1 - HEAT_ALPHA) * b for a, b in zip(_channels(HEAT), _channels(PAPER), strict=True)
-    ]
+    strongest = [HEAT_ALPHA * a + (1 - HEAT_ALPHA) * b for a, b in zip(_channels(HEAT), _channels(PAPER), strict=True)]
     shades = LinearSegmentedColormap.from_list("heat", [_channels(PAPER), tuple(strongest)])
     axis.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=0, vmax=top, aspect="auto")
     axis.grid(visible=False)

@@ -55,9 +55,7 @@ def _radar(axis: PolarAxes, arena: Arena, members: Sequence[tuple[int, Series]],
     axis.set(ylim=(0, top), yticks=[top / 2, top], yticklabels=[])
     axis.spines["polar"].set(color=RULE)
     axis.grid(visible=True, axis="both", color=RULE)
-    names = [
-        fitted(f"{i} {task}", 18, lines=2) if named else str(i) for i, task in enumerate(arena.tasks, start=1)
-    ]
+    names = [fitted(f"{i} {task}", 18, lines=2) if named else str(i) for i, task in enumerate(arena.tasks, start=1)]
     axis.set_xticks(angles, names)
     axis.tick_params(axis="x", pad=2 if named else -3, labelsize=8 if named else 6.5)
     if named:

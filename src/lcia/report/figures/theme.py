@@ -123,6 +123,8 @@ def fitted(text: str, width: int, lines: int = 1) -> str:
 def save_png(figure: Figure, path: Path) -> None:
     """On opaque light paper: a PNG is pasted into documents."""
     with style():
+        figure.draw_without_rendering()  # lays it out, once: every later drawing keeps the places
+        figure.set_layout_engine("none")
         figure.savefig(path, dpi=150, facecolor=PAPER)
 
 

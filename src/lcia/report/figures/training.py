@@ -55,8 +55,8 @@ def training_course(run: Run) -> Figure:
             )
             _line(axes[1], stage, "beta_p50", hue(2))
             _line(axes[2], stage, "fallback_fraction", hue(1))
-    axes[0].set(ylabel="loss")
-    axes[0].set_ylim(bottom=0)
+    losses = [loss for stage in stages for loss in stage.column("loss") if math.isfinite(loss)]
+    axes[0].set(ylabel="loss", ylim=(0, 1.08 * max(losses, default=0.0) or 1.0))
     if run.averages:
         axes[1].set(ylabel="β")
         axes[2].set(ylabel="fallback fraction", ylim=(-0.05, 1.05))
@@ -81,9 +81,7 @@ def _stages(run: Run) -> list[_Stage]:
 def _line(axis: Axes, stage: _Stage, key: str, colour: str) -> None:
     heights = stage.column(key)
     if any(map(math.isfinite, heights)):
-        axis.plot(
-            stage.x, heights, color=colour, marker=".", markersize=3 if len(heights) < _MARKED else 0, lw=1.3
-        )
+        axis.plot(stage.x, heights, color=colour, marker=".", markersize=3 if len(heights) < _MARKED else 0, lw=1.3)
 
 
 def _name_stages(axis: Axes, stages: Sequence[_Stage], run: Run) -> None:

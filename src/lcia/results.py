@@ -1,0 +1,107 @@
+"""results.json: everything a run measured, from its ledger and its configuration."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lcia.config import RunConfig
+from lcia.methods import Placement
+from lcia.metrics import accuracy_metrics
+from lcia.run_folder import now
+from lcia.stream import Stream
+
+_LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "scikit-learn", "rouge-score", "safetensors")
+
+
+def assemble_results(
+    config: RunConfig,
+    stream: Stream,
+    placements: Mapping[str, Placement],
+    stages: Sequence[Mapping[str, Any]],
+    rows: Mapping[int, Mapping[str, Any]],
+    trained_parameters: int,
+    sequential: bool,
+) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        stages: the ledger's `stage_learned` lines.
+        rows: matrix row → the ledger's `row_measured` line.
+        trained_parameters: numbers in the pool at the end.
+        sequential: the tasks were learned one after another; else only Avg.ACC is defined.
+    """
+    names = [task.name for task in stream]
+    matrix = [[rows[j]["scores"].get(name) if j in rows else None for name in names] for j in range(len(names) + 1)]
+    metrics: dict[str, float | None] = dict(accuracy_metrics(matrix))
+    if not sequential:  # without an order nothing is new, forgotten or transferred
+        metrics = {key: value if key == "avg_acc" else None for key, value in metrics.items()}
+    final = rows[len(names)]
+    groups = {name: placements[name].adapter if name in placements else None for name in names}
+    averaged = {record["stage"]: record["ema"] for record in stages if record["ema"]}
+    shares = [ema["fallback_fraction"] for ema in averaged.values()]
+    return {
+        "method": method_name(config),
+        "method_options": [{"name": name, **options} for name, options in config.method_parts()],
+        "model": config.model,
+        "stream": stream.name,
+        "seed": config.seed,
+        "eval_split": config.eval_split,
+        "tasks": names,
+        "scorers": {task.name: task.scorer for task in stream},
+        "groups": groups,
+        "group_scores": {name: placement.scores for name, placement in placements.items()},
+        "matrix": matrix,
+        "metrics": metrics,
+        "routing": _routing(final, groups),
+        "ema": {
+            "fallback_fraction": sum(shares) / len(shares) if shares else None,
+            "retained_mass": {stage: ema["retained_mass"] for stage, ema in averaged.items()},
+        },
+        "left_out": {record["stage"]: record["left_out"] for record in stages if record["left_out"]},
+        "too_long": final["too_long"],
+        "cost": {
+            "train_s": sum(record["train_s"] for record in stages),
+            "eval_s": sum(record["eval_s"] for record in rows.values()),
+            "evaluations_run": sum(record["evaluations_run"] for record in rows.values()),
+            "evaluations_reused": sum(record["evaluations_reused"] for record in rows.values()),
+            "peak_memory_mib": max(record["peak_memory_mib"] for record in [*stages, *rows.values()]),
+            "trained_parameters": trained_parameters,
+        },
+        "versions": library_versions(),
+        "date": now(),
+    }
+
+
+def _routing(final: Mapping[str, Any], groups: Mapping[str, str | None]) -> dict[str, Any]:
+    """How the last row's requests were sent, against the group that learned each task."""
+    confusion: Mapping[str, Mapping[str, int]] = final["routing"]
+    asked = sum(sum(counts.values()) for counts in confusion.values())
+    right = sum(counts.get(groups[name] or "", 0) for name, counts in confusion.items())
+    return {
+        "accuracy": 100.0 * right / asked,
+        "oracle_avg_acc": sum(final["oracle"].values()) / len(final["oracle"]),
+        "base_model_answers": sum(counts.get("", 0) for counts in confusion.values()),
+        "confusion": confusion,  # task → {group, "" for the base model: requests}
+    }
+
+
+def method_name(config: RunConfig) -> str:
+    return "+".join(name for name, _ in config.method_parts())
+
+
+def library_versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], **{name: version(name) for name in _LIBRARIES}}
+
+
+def peak_memory_mib() -> float:
+    """The highest resident memory of this process so far; on a GPU the highest allocation there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (1024 * 1024 if sys.platform == "darwin" else 1024)  # macOS counts bytes

@@ -1,0 +1,201 @@
+"""A run's folder on disk: its ledger, its lock, and the snapshot after each stage.
+
+    runs/mine/
+      config.yaml        resolved, frozen
+      ledger.jsonl       append-only: what is finished
+      history/STAGE/     everything after a stage: GROUP/ adapters (hard links where nothing changed),
+                         codebook.json (methods with groups), method.safetensors, method.json
+      pool/GROUP/        the adapters of the last stage
+      codebook.json      the codebook of the last stage
+      predictions/ROW/TASK.jsonl
+      training_log.jsonl
+      results.json
+
+The ledger's lines are the truth: a folder that no line names is unfinished work and is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lcia.adapters import AdapterPool
+from lcia.errors import UserError
+from lcia.files import append_json_line, file_sha256, sync_folder, write_json, write_text
+from lcia.methods import Combined
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class RunFolder:
+    """Reads and writes one run folder; knows nothing of training or evaluation."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.training_log = self.path / "training_log.jsonl"
+        self._ledger = self.path / "ledger.jsonl"
+        self._history = self.path / "history"
+
+    def require_run(self) -> RunFolder:
+        """Raises UserError unless a run lies here."""
+        if not self.config.is_file():
+            raise UserError(f"{self.path}: not a run folder (no config.yaml in it)")
+        return self
+
+    def require_free(self) -> RunFolder:
+        """Raises UserError unless a new run can begin here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir {self.path}: a file of this name exists")
+        if self.config.exists():
+            raise UserError(
+                f"output_dir {self.path} holds another run; choose another output_dir, "
+                f"or go on with `lcia resume {self.path}`"
+            )
+        if self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"output_dir {self.path} is not empty and holds no run; choose another output_dir")
+        return self
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One writer at a time. The operating system lets the lock go with its process, however that ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path}: another process is writing this run; wait for it or stop it") from None
+            yield
+
+    # --- the ledger
+
+    def records(self, event: str) -> list[dict[str, Any]]:
+        """The ledger's lines of one event, oldest first. A last line cut by a crash was never confirmed.
+
+        Raises:
+            UserError: another line than the last is damaged.
+        """
+        text = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else ""
+        found = []
+        for number, line in enumerate(text.split("\n")[:-1], start=1):  # behind the last newline: empty, or cut
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise UserError(
+                    f"{self._ledger}, line {number}: damaged; restore the file or start a new run"
+                ) from None
+            if record["event"] == event:
+                found.append(record)
+        return found
+
+    def confirm(self, event: str, **facts: Any) -> dict[str, Any]:
+        """Append a line: from now on this is finished."""
+        record = {"event": event, "at": now(), **facts}
+        append_json_line(self._ledger, record)
+        return record
+
+    def cut_unconfirmed(self) -> None:
+        """Remove a last line without its newline, or the next line would be glued to it."""
+        text = self._ledger.read_text(encoding="utf-8", errors="replace") if self._ledger.is_file() else ""
+        if text and not text.endswith("\n"):
+            write_text(self._ledger, text[: text.rfind("\n") + 1])
+
+    def forget_log_of(self, task: str) -> None:
+        """Remove the training log of a task that was interrupted."""
+        if self.training_log.is_file():
+            lines = self.training_log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["task"] != task]
+            if kept != lines:
+                write_text(self.training_log, "".join(kept))
+
+    # --- snapshots
+
+    def save_stage(
+        self, stage: str, pool: AdapterPool, method: Combined, model_card: Callable[[str], str]
+    ) -> dict[str, str]:
+        """Write history/STAGE, complete or not at all.
+
+        Adapters that did not change are hard links into the stage before. Returns {file: sha256}.
+        """
+        final, partial = self._history / stage, self._history / f".{stage}.part"
+        for leftover in (final, partial):  # of an attempt that the ledger does not know
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        before = self.records("stage_learned")
+        unchanged = before[-1]["sha256"] if before else {}
+        for name in pool.names:
+            if unchanged.get(name) == pool.sha256(name):
+                source = self._history / before[-1]["stage"] / name
+                shutil.copytree(source, partial / name, copy_function=os.link)
+            else:
+                pool.save(name, partial / name)
+                write_text(partial / name / "README.md", model_card(name))
+        _save_method(method, partial)
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        for path in files:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        hashes = {str(path.relative_to(partial)): file_sha256(path) for path in files}
+        os.replace(partial, final)
+        sync_folder(self._history)
+        return hashes
+
+    def publish(self, stage: str) -> None:
+        """Let pool/ and codebook.json show a stage. Both can be made again from history/ at any time."""
+        source, target, partial = self._history / stage, self.path / "pool", self.path / ".pool.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for folder in source.iterdir():
+            if folder.is_dir():
+                shutil.copytree(folder, partial / folder.name, copy_function=os.link)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        if (source / "codebook.json").is_file():
+            write_text(self.path / "codebook.json", (source / "codebook.json").read_text(encoding="utf-8"))
+
+    def load_stage(self, record: Mapping[str, Any], pool: AdapterPool, method: Combined) -> None:
+        """Load what `save_stage` wrote, each file checked against the hash in its ledger line.
+
+        Raises:
+            UserError: a file is missing or was altered.
+        """
+        folder = self._history / record["stage"]
+        for name, digest in record["files"].items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{path}: missing; restore it from a copy or start a new run")
+            if file_sha256(path) != digest:
+                raise UserError(f"{path}: its content is not what the ledger recorded; restore it from a copy")
+        for name in record["sha256"]:
+            pool.load(name, folder / name)
+        _load_method(method, folder)
+
+
+def _save_method(method: Combined, folder: Path) -> None:
+    state = method.state_dict()
+    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    values = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    save_file(tensors, folder / "method.safetensors")
+    write_json(folder / "method.json", values)
+    if method.codebook is not None:
+        method.codebook.save(folder / "codebook.json")
+
+
+def _load_method(method: Combined, folder: Path) -> None:
+    state = json.loads((folder / "method.json").read_text(encoding="utf-8"))
+    with safe_open(folder / "method.safetensors", framework="pt") as file:
+        state.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 - not a mapping
+    method.load_state_dict(state)

@@ -1,0 +1,121 @@
+"""Tiny random models and a tiny stream, made on the spot: tests need no network and no download."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests must not read or fill the user's cache; the converted demo model is the exception that is linked in."""
+    cache = tmp_path_factory.mktemp("cache")
+    user = Path(os.environ.get("LCIA_CACHE") or Path.home() / ".cache" / "lcia") / "models"
+    if user.is_dir():
+        (cache / "models").symlink_to(user)
+    os.environ["LCIA_CACHE"] = str(cache)
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tasks: the first and the last share an instruction, and so a group."""
+    folder = tmp_path_factory.mktemp("tiny-stream")
+    instructions = {
+        "colours": "Name the colour",
+        "animals": "Which animal is it",
+        "paints": "Name the colour",
+    }
+    answers = {"colours": ("red", "blue"), "animals": ("cat", "dog"), "paints": ("ochre", "umber")}
+    for name, instruction in instructions.items():
+        rows = [
+            {
+                "id": f"{name}-{i}",
+                "instruction": instruction,
+                "input": f"{name} item {i}",
+                "output": answers[name][i % 2],
+                "split": ("train", "train", "train", "train", "dev", "test")[i % 6],
+            }
+            for i in range(24)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks.json").write_text(json.dumps(list(instructions)))
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Path, tiny_stream: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A configuration of a run that takes a second or two; keywords change it."""
+    from lcia.config import parse_config
+
+    def make(**changes: Any) -> Any:
+        values = {
+            "stream": str(tiny_stream),
+            "model": str(tiny_model),
+            "method": "lcia",
+            "output_dir": str(tmp_path / "run"),
+            "dtype": "float32",
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "lora_r": 4,
+            "max_length": 256,
+            "max_new_tokens": 4,
+            "logging_steps": 1,
+        }
+        return parse_config({**values, **changes}, where="test")
+
+    return make

@@ -1,0 +1,119 @@
+"""Prompts, padding and the loss: against the plain way of doing each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import byte_tokenizer
+from lcia.backbone import collate, encode_row, find_model, load_backbone
+from lcia.backbone.chat import IGNORED, render_answer, render_prompt
+from lcia.errors import UserError
+from lcia.stream import Row
+from lcia.training import answer_loss
+
+
+def row(text: str, answer: str) -> Row:
+    return Row(id="1", instruction=text, messages=(("user", text),), outputs=(answer,))
+
+
+def test_the_prompt_is_the_models_own_template_and_the_answer_ends_the_turn() -> None:
+    tokenizer = byte_tokenizer()
+    encoded = encode_row(tokenizer, row("hello", "red"))
+    assert tokenizer.decode(encoded.prompt) == "<|user|>hello<|end|>\n<|assistant|>"
+    assert (
+        tokenizer.decode(encoded.answer) == "red<|end|>"
+    )  # not the newline that the template writes behind it
+
+
+def test_a_row_brings_its_own_system_message_and_none_is_invented() -> None:
+    tokenizer = byte_tokenizer()
+    messages = (("system", "be brief"), ("user", "hi"), ("assistant", "yes?"), ("user", "go"))
+    prompt = render_prompt(tokenizer, messages)
+    assert (
+        prompt
+        == "<|system|>be brief<|end|>\n<|user|>hi<|end|>\n<|assistant|>yes?<|end|>\n<|user|>go<|end|>\n<|assistant|>"
+    )
+
+
+def test_an_answer_that_contains_the_end_token_is_not_cut() -> None:
+    tokenizer = byte_tokenizer()
+    assert render_answer(tokenizer, (("user", "x"),), "a<|end|>b") == "a<|end|>b<|end|>"
+
+
+def test_without_a_template_the_text_stands_alone() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    assert render_prompt(tokenizer, (("user", "x"),)) == "x\n"
+    assert render_answer(tokenizer, (("user", "x"),), "y") == "y<|end|>"
+
+
+def test_collate_pads_left_and_labels_only_answers() -> None:
+    tokenizer = byte_tokenizer()
+    rows = [encode_row(tokenizer, row("a long question", "no")), encode_row(tokenizer, row("q", "blue"))]
+    batch = collate(rows, pad_id=0)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["position_ids"].shape
+    assert batch["attention_mask"][:, -1].tolist() == [1, 1]
+    assert batch["labels"].shape[1] == max(len(r.answer) for r in rows) + 1
+    for encoded, labels in zip(rows, batch["labels"], strict=True):
+        assert labels[labels != IGNORED].tolist() == list(encoded.answer)
+    first = batch["attention_mask"].argmax(1)
+    assert batch["position_ids"][range(2), first].tolist() == [0, 0]
+
+
+def test_the_batched_answer_loss_is_the_mean_over_answer_tokens_of_each_row_alone(tiny_model: Path) -> None:
+    backbone = load_backbone(str(tiny_model), dtype="float32")
+    questions = [
+        ("what is it", "red"),
+        ("a much longer question, to force padding", "a longer answer"),
+        ("x", "y"),
+    ]
+    rows = [encode_row(backbone.tokenizer, row(*pair)) for pair in questions]
+    total, count = 0.0, 0
+    for encoded in rows:  # the plain way: full logits of one unpadded row
+        ids = torch.tensor([[*encoded.prompt, *encoded.answer]])
+        logits = backbone.model(input_ids=ids).logits[0].double()
+        log_probs = logits.log_softmax(-1)
+        for i, token in enumerate(encoded.answer):
+            total -= float(log_probs[len(encoded.prompt) + i - 1, token])
+            count += 1
+    batch = collate(rows, backbone.tokenizer.pad_token_id)
+    assert float(answer_loss(backbone.model, batch, count)) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: (folder / "config.json").write_text("{}"), "no weights"),
+        (lambda folder: (folder / "model.safetensors").write_text(""), "no config.json"),
+    ],
+)
+def test_an_incomplete_model_folder_is_named(tmp_path: Path, make, message: str) -> None:
+    make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        find_model(str(tmp_path))
+
+
+def test_a_misspelt_built_in_model_is_corrected() -> None:
+    with pytest.raises(UserError, match="smollm2-135m"):
+        find_model("smollm2-135n")
+
+
+def test_damaged_weights_are_the_users_error(tiny_model: Path, tmp_path: Path) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_backbone(str(tmp_path))
+
+
+def test_the_fingerprint_follows_the_weights(tiny_model: Path) -> None:
+    one, two = (
+        load_backbone(str(tiny_model), dtype="float32"),
+        load_backbone(str(tiny_model), dtype="float32"),
+    )
+    assert one.fingerprint == two.fingerprint
+    assert load_backbone(str(tiny_model), dtype="bfloat16").fingerprint != one.fingerprint

@@ -1,0 +1,233 @@
+"""The command: each mistake of a user ends with exit code 2 and one message, before any training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lcia import cli, training
+
+GOOD_ROW = {"input": "a", "instruction": "say", "output": "b"}
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def lcia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(lcia: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The message of a command that must end with exit code 2 without training."""
+
+    def check(*arguments: object) -> str:
+        def no_training(*args: object, **kwargs: object) -> None:
+            raise AssertionError("training began")
+
+        monkeypatch.setattr(training.TaskTrainer, "train", no_training)
+        code, out, err = lcia(*arguments)
+        assert code == 2, err
+        assert out == ""
+        messages = [line for line in err.splitlines() if line.startswith("lcia: ")]
+        assert len(messages) == 1, err
+        return messages[0]
+
+    return check
+
+
+@pytest.fixture
+def config(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Write a configuration file whose stream is a folder with the given files."""
+
+    def write(files: dict[str, str] | None = None, **changes: object) -> Path:
+        data = tmp_path / "data"
+        data.mkdir(exist_ok=True)
+        for name, text in (files or {"task.jsonl": rows(12)}).items():
+            (data / name).write_text(text)
+        values = {
+            "stream": str(data),
+            "model": str(tiny_model),
+            "method": "lcia",
+            "output_dir": str(tmp_path / "out"),
+            "dtype": "float32",
+            "max_steps": 1,
+            "max_new_tokens": 2,
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        return path
+
+    return write
+
+
+def rows(count: int, **changes: object) -> str:
+    return "".join(json.dumps({**GOOD_ROW, "input": f"a{i}", **changes}) + "\n" for i in range(count))
+
+
+def test_an_empty_file(refused, config) -> None:
+    message = refused("train", config({"task.jsonl": ""}))
+    assert "task.jsonl" in message
+    assert "empty" in message
+
+
+def test_broken_json_on_line_3(refused, config) -> None:
+    message = refused("train", config({"task.jsonl": rows(2) + '{"input": "a",\n' + rows(3)}))
+    assert "task.jsonl" in message
+    assert "3" in message
+
+
+def test_a_row_without_output(refused, config) -> None:
+    message = refused(
+        "train", config({"task.jsonl": rows(4) + json.dumps({"input": "a", "instruction": "b"}) + "\n"})
+    )
+    assert "task.jsonl" in message
+    assert "5" in message
+    assert "output" in message
+
+
+def test_an_image_row_for_a_text_model(refused, config, tmp_path) -> None:
+    from PIL import Image
+
+    path = config({"task.jsonl": rows(8) + rows(1, image="photo.png", input="what")})
+    Image.new("RGB", (4, 4)).save(tmp_path / "data" / "photo.png")
+    message = refused("train", path)
+    assert "task.jsonl" in message
+    assert "image" in message
+
+
+def test_an_unknown_key_names_the_nearest(refused, config) -> None:
+    message = refused("train", config(lerning_rate=1e-3))
+    assert "config.yaml" in message
+    assert "'lerning_rate'" in message
+    assert "'learning_rate'" in message
+
+
+def test_a_wrong_type_names_the_key(refused, config) -> None:
+    assert "'max_length'" in refused("train", config(max_length="long"))
+
+
+def test_an_unknown_method_names_the_nearest(refused, config) -> None:
+    message = refused("train", config(method="lcai"))
+    assert "'lcai'" in message
+    assert "'lcia'" in message
+
+
+def test_an_unknown_option_of_a_method_names_the_nearest(refused, config) -> None:
+    message = refused("train", config(method={"name": "lcia", "treshold": 0.5}))
+    assert "'treshold'" in message
+    assert "'threshold'" in message
+
+
+@pytest.mark.parametrize(
+    "option", [{"rule": "eq46"}, {"retained": 1.5}, {"threshold": "high"}, {"start": "first"}]
+)
+def test_a_refused_value_of_a_method(refused, config, option) -> None:
+    assert "method" in refused("train", config(method={"name": "lcia", **option}))
+
+
+def test_two_tasks_of_one_name(refused, config, tmp_path) -> None:
+    path = config()
+    task = {"name": "twin", "path": str(tmp_path / "data" / "task.jsonl")}
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "stream": [task, task]}))
+    assert "'twin'" in refused("train", path)
+
+
+def test_a_model_folder_without_weights(refused, config, tmp_path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    message = refused("train", config(model=str(tmp_path / "model")))
+    assert "no weights" in message
+
+
+def test_an_output_folder_that_holds_another_run(refused, config, tmp_path) -> None:
+    path = config()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("stream: x\n")
+    message = refused("train", path)
+    assert "another run" in message
+    assert "out" in message
+
+
+def test_a_test_split_that_is_empty(refused, config) -> None:
+    message = refused("train", config({"task.jsonl": rows(6, split="train")}))
+    assert "task.jsonl" in message
+    assert "test" in message
+
+
+def test_a_missing_configuration_and_bad_overrides(refused, config, tmp_path) -> None:
+    assert "none.yaml" in refused("train", tmp_path / "none.yaml")
+    assert "'seed'" in refused("train", config(), "seed")
+    assert "'seed'" in refused("train", config(), "seed=many")
+
+
+def test_an_argument_the_run_owns_is_refused(refused, config) -> None:
+    assert "'save_strategy'" in refused("train", config(save_strategy="steps"))
+
+
+@pytest.mark.parametrize("verb", ["report", "compare", "resume", "generate"])
+def test_a_folder_that_is_no_run(refused, tmp_path, verb) -> None:
+    arguments = [tmp_path, "hello"] if verb == "generate" else [tmp_path]
+    assert str(tmp_path) in refused(verb, *arguments)
+
+
+def test_bad_usage_exits_with_2(lcia) -> None:
+    assert lcia("trian")[0] == 2
+    assert lcia("train")[0] == 2
+
+
+def test_the_way_from_validate_to_generate(lcia, config, tmp_path) -> None:
+    path = config({"one.jsonl": rows(12), "two.jsonl": rows(12, instruction="Spell it backwards")})
+    code, out, _ = lcia("validate", path, "--json")
+    assert code == 0
+    assert [task["name"] for task in json.loads(out)["tasks"]] == ["one", "two"]
+    code, out, err = lcia("train", path, "--json")
+    assert code == 0, err
+    assert json.loads(out)["tasks"] == ["one", "two"]
+    run = tmp_path / "out"
+    assert (run / "report.html").is_file()
+    for arguments in (
+        ["resume", run],
+        ["report", run],
+        ["compare", run, run],
+        ["route", run, "Spell it backwards"],
+    ):
+        code, out, err = lcia(*arguments, "--json")
+        assert code == 0, err
+        json.loads(out)
+    code, out, _ = lcia("generate", run, "abc", "--instruction", "Spell it backwards", "--json")
+    assert code == 0
+    assert json.loads(out)["group"] == "two"
+    assert lcia("route", path, "--task", tmp_path / "data" / "two.jsonl", "--json")[0] == 0
+    assert lcia("validate", tmp_path / "data")[0] == 0
+
+
+def test_doctor(lcia) -> None:
+    code, out, _ = lcia("doctor", "--json")
+    assert code == 0
+    assert "dtype" in json.loads(out)["facts"]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    import subprocess
+
+    script = "import sys, lcia.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,371 @@
+"""DynamicEMACallback in a plain transformers Trainer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lcia.ema import DynamicEMA, DynamicEMACallback
+
+STEPS = 6
+
+
+class Net(nn.Module):
+    """The smallest thing that a Trainer trains: dropout shows whether the random state is resumed too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Dropout(0.1), nn.Linear(9, 3))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.body(x)
+        return {"loss": 20 * nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count: int = 48) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randn(count, 4, generator=generator)
+        self.labels = torch.randint(0, 3, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[index], "labels": self.labels[index]}
+
+
+class Recorder(TrainerCallback):
+    """The raw weights after every step, and what the loggers are given."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.logged: list[dict[str, float]] = []
+        self.stop_after = stop_after
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weights.append(raw(kwargs["model"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.stop_after:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.logged.append(dict(kwargs["logs"]))
+
+
+def raw(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def arguments(folder: Any, **changes: Any) -> TrainingArguments:
+    values = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 5,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**(values | changes))
+
+
+def trainer(folder: Any, *callbacks: TrainerCallback, eval_dataset: Any = None, **changes: Any) -> Trainer:
+    return Trainer(
+        model=Net(),
+        args=arguments(folder, **changes),
+        train_dataset=Rows(),
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )
+
+
+def test_one_update_per_optimizer_step_and_the_model_ends_as_the_average(tmp_path):
+    start, recorder = raw(Net()), Recorder()
+    callback = DynamicEMACallback(rule="fixed", fallback=0.5)
+    run = trainer(tmp_path, callback, recorder, gradient_accumulation_steps=3)
+    run.train()
+    assert callback.ema.steps == STEPS
+    assert callback.ema.examples_per_gradient == 12
+    for name, parameter in run.model.named_parameters():
+        expected = start[name]
+        for weights in recorder.weights:
+            expected = 0.5 * expected + 0.5 * weights[name]
+        assert torch.allclose(parameter, expected, atol=1e-6)
+    run.save_model(tmp_path / "final")
+    assert same(load_file(tmp_path / "final" / "model.safetensors"), raw(run.model))
+
+
+def test_the_raw_weights_can_be_kept(tmp_path):
+    recorder = Recorder()
+    callback = DynamicEMACallback(rule="fixed", keep_raw=True)
+    run = trainer(tmp_path, callback, recorder)
+    run.train()
+    assert same(raw(run.model), recorder.weights[-1])
+    assert not same(raw(run.model), callback.ema.averages)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("rule", ["eq45", "fisher"])
+def test_resuming_is_bit_identical(tmp_path, rule, bf16):
+    importance = {name: torch.full_like(value, 0.1) for name, value in raw(Net()).items()}
+    options = {"importance": importance} if rule == "fisher" else {}
+
+    def run(folder: str, stop_after: int | None = None, resume: bool = False) -> tuple[Trainer, DynamicEMA]:
+        callback = DynamicEMACallback(rule=rule, keep_raw=True, **options)
+        training = trainer(
+            tmp_path / folder,
+            callback,
+            Recorder(stop_after),
+            bf16=bf16,
+            save_strategy="steps",
+            save_steps=1,
+            gradient_accumulation_steps=2,
+        )
+        training.train(resume_from_checkpoint=resume)
+        return training, callback.ema
+
+    through, expected = run("through")
+    run("halted", stop_after=4)
+    resumed, found = run("halted", resume=True)
+    assert same(raw(through.model), raw(resumed.model))
+    assert same(expected.averages, found.averages)
+    assert expected.retained_mass == found.retained_mass
+    assert expected.fallback_fraction == found.fallback_fraction
+    states = [
+        torch.load(tmp_path / folder / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)["state"]
+        for folder in ("through", "halted")
+    ]
+    for mine, theirs in zip(states[0].values(), states[1].values(), strict=True):
+        assert same(mine, theirs)
+
+
+def test_a_checkpoint_holds_the_raw_weights_and_the_average_beside_them(tmp_path):
+    recorder = Recorder()
+    callback = DynamicEMACallback(rule="fixed", fallback=0.9)
+    trainer(tmp_path, callback, recorder, save_strategy="steps", save_steps=STEPS).train()
+    folder = tmp_path / f"checkpoint-{STEPS}"
+    assert same(load_file(folder / "model.safetensors"), recorder.weights[-1])
+    stored = load_file(folder / "ema.safetensors")
+    averages = {key.removeprefix("average/"): stored[key] for key in stored if key.startswith("average/")}
+    assert same(averages, callback.ema.averages)
+
+
+def test_resuming_without_the_average_is_refused(tmp_path):
+    trainer(tmp_path, Recorder(stop_after=2), save_strategy="steps", save_steps=2).train()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-2/ema\.safetensors is missing"):
+        trainer(tmp_path, DynamicEMACallback()).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_elsewhere_is_found_where_it_is_said_to_be(tmp_path):
+    run = (DynamicEMACallback(rule="fixed"), Recorder(stop_after=2))
+    trainer(tmp_path / "one", *run, save_strategy="steps", save_steps=2).train()
+    folder = str(tmp_path / "one" / "checkpoint-2")
+    with pytest.raises(FileNotFoundError, match="resume_from"):
+        trainer(tmp_path / "two", DynamicEMACallback(rule="fixed")).train(resume_from_checkpoint=folder)
+    callback = DynamicEMACallback(rule="fixed", resume_from=folder)
+    trainer(tmp_path / "two", callback).train(resume_from_checkpoint=folder)
+    assert callback.ema.steps == STEPS
+
+
+class Witness(TrainerCallback):
+    """Which weights an evaluation sees, told by a hook on the model."""
+
+    def __init__(self, ema: DynamicEMACallback) -> None:
+        self.ema = ema
+        self.seen: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].register_forward_pre_hook(self.look)
+
+    def look(self, model: nn.Module, inputs: Any) -> None:
+        if not model.training and self.ema.ema.steps:
+            average = same(raw(model), dict(self.ema.ema.averages))
+            self.seen.append("average" if average else "raw")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_evaluations_during_training_see_the_average_and_checkpoints_do_not(tmp_path, strategy):
+    callback = DynamicEMACallback(rule="fixed", fallback=0.9)
+    witness, recorder = Witness(callback), Recorder()
+    run = trainer(
+        tmp_path,
+        callback,
+        witness,
+        recorder,
+        eval_dataset=Rows(8),
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=2,
+        save_steps=2,
+        per_device_train_batch_size=16,
+    )
+    run.train()
+    assert witness.seen
+    assert set(witness.seen) == {"average"}
+    for folder in tmp_path.glob("checkpoint-*"):
+        step = int(folder.name.removeprefix("checkpoint-"))
+        assert same(load_file(folder / "model.safetensors"), recorder.weights[step - 1])
+    witness.seen.clear()
+    run.evaluate()
+    assert set(witness.seen) == {"average"}, "after training the model holds the average"
+
+
+def test_evaluations_may_see_the_raw_weights(tmp_path):
+    callback = DynamicEMACallback(rule="fixed", fallback=0.9, evaluate_average=False)
+    witness = Witness(callback)
+    trainer(tmp_path, callback, witness, eval_dataset=Rows(8), eval_strategy="steps", eval_steps=2).train()
+    assert set(witness.seen) == {"raw"}
+
+
+def test_several_evaluation_sets_need_to_be_known(tmp_path):
+    sets = {"one": Rows(8), "two": Rows(8)}
+    options = {"eval_dataset": sets, "eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(RuntimeError, match="so that it knows of all sets"):
+        trainer(tmp_path, DynamicEMACallback(rule="fixed"), **options).train()
+
+    run = trainer(tmp_path, **options)
+    callback = DynamicEMACallback(rule="fixed", fallback=0.9, trainer=run)
+    witness = Witness(callback)
+    run.add_callback(callback)
+    run.add_callback(witness)
+    run.train()
+    assert set(witness.seen) == {"average"}
+
+
+def test_the_best_checkpoint_is_loaded_as_its_average(tmp_path):
+    callback = DynamicEMACallback(rule="fixed", fallback=0.5)
+    run = trainer(
+        tmp_path,
+        callback,
+        eval_dataset=Rows(8),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=1.0,  # so that the last is not the best
+    )
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best is not None
+    assert not best.endswith(f"-{STEPS}")
+    stored = load_file(f"{best}/ema.safetensors")
+    assert same(raw(run.model), {name: stored[f"average/{name}"] for name in raw(run.model)})
+
+
+def test_the_betas_are_logged(tmp_path):
+    recorder = Recorder()
+    run = trainer(tmp_path, DynamicEMACallback(rule="eq45"))
+    run.callback_handler.callbacks.insert(0, recorder)  # where Trainer has its own loggers
+    run.train()
+    names = {
+        "ema_beta_min",
+        "ema_beta_median",
+        "ema_beta_max",
+        "ema_fallback_fraction",
+        "ema_retained_mass",
+    }
+    steps = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(steps) == STEPS
+    assert all(names <= entry.keys() for entry in steps)
+    assert steps[0]["ema_fallback_fraction"] == 1, "the first step of eq45"
+    assert not any(names & logged.keys() for logged in recorder.logged)
+
+    recorder = Recorder()
+    run = trainer(tmp_path)
+    run.add_callback(DynamicEMACallback(rule="eq45", trainer=run))
+    run.callback_handler.callbacks.insert(0, recorder)
+    run.train()
+    assert sum(names <= logged.keys() for logged in recorder.logged) == STEPS
+
+
+def test_fisher_sees_gradients_as_they_were_before_clipping(tmp_path):
+    found = {}
+    for max_grad_norm in (0.0, 0.01):
+        callback = DynamicEMACallback(rule="fisher")
+        # learning rate 0: the same gradients in both runs
+        run = trainer(
+            tmp_path,
+            callback,
+            max_grad_norm=max_grad_norm,
+            learning_rate=0.0,
+            gradient_accumulation_steps=2,
+        )
+        run.train()
+        found[max_grad_norm] = callback.ema.importance
+    for name, value in found[0.0].items():
+        assert torch.allclose(value, found[0.01][name], rtol=1e-3), name
+
+
+def test_training_is_the_same_with_and_without_the_callback(tmp_path):
+    recorders = [Recorder(), Recorder()]
+    trainer(tmp_path, recorders[0]).train()
+    trainer(tmp_path, recorders[1], DynamicEMACallback(rule="fisher")).train()
+    for plain, averaged in zip(recorders[0].weights, recorders[1].weights, strict=True):
+        assert same(plain, averaged)
+
+
+def test_a_step_that_the_scaler_skips_does_not_touch_the_average():
+    Accelerator(cpu=True)  # AcceleratedOptimizer reads its state
+    net = Net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), device_placement=False, scaler=scaler)
+    callback = DynamicEMACallback(rule="fisher", keep_raw=True)
+    state = SimpleNamespace(max_steps=9, global_step=0)
+    args = SimpleNamespace(
+        deepspeed=None,
+        train_batch_size=4,
+        gradient_accumulation_steps=1,
+        world_size=1,
+        max_grad_norm=0.5,
+    )
+    events = {"model": net, "optimizer": optimizer}
+    callback.on_train_begin(args, state, None, **events)
+    rows = Rows()
+    clean: list[torch.Tensor] = []
+    for overflow in (False, True, False):
+        loss = net(rows.x[:4], rows.labels[:4])["loss"]
+        scaler.scale(loss).backward()
+        if overflow:
+            net.body[0].weight.grad[0, 0] = torch.inf
+        else:
+            clean.append(net.body[3].bias.grad / scaler.get_scale())
+        scaler.unscale_(optimizer.optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        callback.on_pre_optimizer_step(args, state, None, **events)
+        optimizer.step()
+        before = {name: value.clone() for name, value in callback.ema.averages.items()}
+        callback.on_optimizer_step(args, state, None, **events)
+        assert optimizer.step_was_skipped == overflow
+        if overflow:
+            assert same(before, callback.ema.averages)
+        net.zero_grad()
+    assert callback.ema.steps == 2
+    weights = torch.tensor([0.999, 1.0]) / 1.999
+    expected = 4 * sum(weight * gradient.square() for weight, gradient in zip(weights, clean, strict=True))
+    assert torch.allclose(callback.ema.importance["body.3.bias"], expected, rtol=1e-3)
+
+
+def test_deepspeed_is_refused():
+    args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}})
+    with pytest.raises(RuntimeError, match="DeepSpeed makes the optimizer step"):
+        DynamicEMACallback().on_train_begin(args, None, None, model=Net(), optimizer=None)
