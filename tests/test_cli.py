@@ -95,9 +95,7 @@ def test_broken_json_on_line_3(refused, config) -> None:
 
 
 def test_a_row_without_output(refused, config) -> None:
-    message = refused(
-        "train", config({"task.jsonl": rows(4) + json.dumps({"input": "a", "instruction": "b"}) + "\n"})
-    )
+    message = refused("train", config({"task.jsonl": rows(4) + json.dumps({"input": "a", "instruction": "b"}) + "\n"}))
     assert "task.jsonl" in message
     assert "5" in message
     assert "output" in message
@@ -136,9 +134,7 @@ def test_an_unknown_option_of_a_method_names_the_nearest(refused, config) -> Non
     assert "'threshold'" in message
 
 
-@pytest.mark.parametrize(
-    "option", [{"rule": "eq46"}, {"retained": 1.5}, {"threshold": "high"}, {"start": "first"}]
-)
+@pytest.mark.parametrize("option", [{"rule": "eq46"}, {"retained": 1.5}, {"threshold": "high"}, {"start": "first"}])
 def test_a_refused_value_of_a_method(refused, config, option) -> None:
     assert "method" in refused("train", config(method={"name": "lcia", **option}))
 

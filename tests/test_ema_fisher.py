@@ -264,4 +264,4 @@ def test_large_tensors_have_their_retained_mass_from_a_sample():
         parameter.grad = torch.ones(200, 300)
         ema.step()
     exact = float((importance / (importance + 1)).mean())
-    assert ema.retained_mass["w"] == pytest.approx(exact, abs=0.022)
+    assert ema.retained_mass["w"] == pytest.approx(exact, abs=0.031)

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from ema_oracle import Oracle, closed_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ema_oracle import Oracle, closed_form
 from lcia.ema import RULES, DynamicEMA
 from lcia.ema import rules as pure
+from lcia.ema.followed import FOLLOWED
 
 # odd on purpose: one element, one row more than a row of the flat buffer holds, empty dimensions of size one
 SHAPES = {"bias": (1,), "odd": (3, 5), "cube": (2, 3, 7), "row": (257,), "wide": (1, 300)}
@@ -59,7 +60,9 @@ def test_a_published_rule_equals_its_oracle(rule):
             assert ema.betas[name] == pytest.approx(mean_beta, abs=1e-5)
     for name, parameter in named.items():
         mean_retained = sum(oracles[name].retained) / parameter.numel()
-        assert ema.retained_mass[name] == pytest.approx(mean_retained, rel=1e-4)
+        sampled = rule == "eq12" and parameter.numel() > FOLLOWED
+        tolerance = {"abs": 0.1} if sampled else {"rel": 1e-4}
+        assert ema.retained_mass[name] == pytest.approx(mean_retained, **tolerance)
     expected_fraction = sum(oracle.fell_back for oracle in oracles.values()) / (STEPS * len(named))
     assert ema.fallback_fraction == pytest.approx(expected_fraction, abs=1e-9)
     if rule != "fixed":
@@ -92,7 +95,9 @@ def test_fisher_equals_its_oracle(per):
         assert largest_error(ema.importance[name], oracle.importance()) < 1e-4
         if per == "element":
             assert largest_error(ema.averages[name], oracle.average) < 1e-6
-            assert ema.retained_mass[name] == pytest.approx(sum(oracle.retained) / len(oracle.retained), rel=1e-5)
+            tolerance = {"abs": 0.1} if named[name].numel() > FOLLOWED else {"rel": 1e-5}
+            mean_retained = sum(oracle.retained) / len(oracle.retained)
+            assert ema.retained_mass[name] == pytest.approx(mean_retained, **tolerance)
         else:
             # The share of the sums, not the mean of shares. Names without a dot all belong to one layer: the model.
             shared = [oracle] if per == "tensor" else list(oracles.values())

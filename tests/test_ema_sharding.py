@@ -105,10 +105,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
     for kind in ("ddp", "fsdp"):
         net = model()
-        if kind == "ddp":
-            call = DistributedDataParallel(net)
-        else:
-            call = fully_shard(net, mesh=mesh)
+        call = DistributedDataParallel(net) if kind == "ddp" else fully_shard(net, mesh=mesh)
         watch = ClipWatch(net.parameters())
         (30 * call(batches()[0][half]).square().mean()).backward()
         norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)

@@ -16,6 +16,8 @@ from lcia.ema import DynamicEMACallback
 
 trl = pytest.importorskip("trl")
 
+# TRL 1.16 sets a name of TrainingArguments that transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 STEPS = 4
 
 
@@ -51,7 +53,6 @@ def sft(model: Path, folder: Path, *callbacks: TrainerCallback, importance: Any 
             disable_tqdm=True,
             use_cpu=True,
             bf16=False,
-            gradient_checkpointing=False,
             dataloader_pin_memory=False,
         ),
         train_dataset=Dataset.from_list(rows),

@@ -206,6 +206,16 @@ def test_threshold_is_reached_by_equality() -> None:
     assert book.match(["Answer the question"]) == Match(None, score, {"group": score})
 
 
+def test_the_last_bit_of_a_sum_does_not_decide() -> None:
+    texts = [f"answer question {'word ' * i}{'phrase ' * (i % 3)}image{i}" for i in range(30)]
+    book = Codebook()
+    for name, step in {"first": 1, "second": 7, "third": 11, "fourth": -1}.items():
+        book.add(name, [texts[step * i % 30] for i in range(30)])
+    for query in ("question word", "answer", "phrase question image3", "word phrase answer"):
+        assert len(set(book.scores([query]).values())) == 1
+        assert book.match([query]).nearest == "first"
+
+
 def test_the_earliest_of_equal_groups_wins() -> None:
     book = Codebook()
     for name in ("zebra", "ant", "bee"):

@@ -196,7 +196,7 @@ def test_requests_go_to_the_group_of_their_instruction(tiny_config) -> None:
     assert [answer.group for answer in answers] == ["animals", "colours"]
     assert answers[1].instruction == "Name the colour"
     assert answers[0].similarity == pytest.approx(1.0)
-    assert explain_request(folder, "Which animal is it").match.group == "animals"
+    assert explain_request(folder, "Which animal is it").group == "animals"
 
 
 def test_answers_are_those_of_the_evaluation(tiny_config) -> None:

@@ -13,9 +13,10 @@ from lcia.backbone.chat import render_prompt
 from lcia.config import load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
-from lcia.grouping import Codebook, Explanation, explain
+from lcia.grouping import Codebook, Explanation, Router, explain
 from lcia.methods import build_method
 from lcia.run import load_run_stream, open_run
+from lcia.run_folder import RunFolder
 from lcia.stream import load_stream
 from lcia.validate import planned_groups
 
@@ -78,14 +79,46 @@ def explain_task(source: Path, data: Path) -> Explanation:
     return explain(_codebook(source), task.instructions)
 
 
-def explain_request(source: Path, request: str) -> Explanation:
-    """Which group would answer one request."""
-    return explain(_codebook(source), [user_text(request, None)[1]])
+@dataclass(frozen=True)
+class RequestRoute:
+    """Where one request goes."""
+
+    instruction: str
+    group: str | None  # None: the base model answers
+    score: float
+    route_threshold: float
+    scores: dict[str, float]
+    words: dict[str, float]  # term → what it adds to the score of the nearest group
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __rich__(self) -> Text:
+        who = f"group {self.group} answers" if self.group else "the base model answers"
+        words = ", ".join(f"{word} {value:+.3f}" for word, value in self.words.items())
+        lines = [f"{who}: nearest similarity {self.score:.3f}, route_threshold {self.route_threshold:g}"]
+        lines += [f"  {score:.3f}  {group}" for group, score in sorted(self.scores.items(), key=lambda item: -item[1])]
+        return Text("\n".join([*lines, f"words behind it: {words or 'none'}"]))
+
+
+def explain_request(source: Path, request: str) -> RequestRoute:
+    """Which group would answer one request; its last line is the instruction."""
+    codebook, route_threshold = _codebook(source), _route_threshold(source)
+    instruction = user_text(request, None)[1]
+    match = Router(codebook, route_threshold).route(instruction)
+    words = explain(codebook, [instruction]).words
+    return RequestRoute(instruction, match.group, match.score, route_threshold, match.scores, words)
+
+
+def _route_threshold(source: Path) -> float:
+    config = load_config(RunFolder(source).require_run().config if source.is_dir() else source)
+    return next((float(o["route_threshold"]) for _, o in config.method_parts() if "route_threshold" in o), 0.0)
 
 
 def _codebook(source: Path) -> Codebook:
+    """A run's codebook, or the one that a configuration's stream would fill."""
     if source.is_dir():
-        path = source / "codebook.json"
+        path = RunFolder(source).require_run().path / "codebook.json"
         if not path.is_file():
             raise UserError(f"{source}: no codebook.json in it; give a run folder of a method with groups")
         return Codebook.load(path)

@@ -33,6 +33,8 @@ def main() -> None:
     from lcia.machine import keep_freed_memory
 
     keep_freed_memory()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # redrawn bars of the libraries would fill a log with fragments
     try:
         app()
     except (UserError, GateError) as error:
@@ -160,8 +162,8 @@ def route(
 
     if (request is None) == (task is None):
         raise UserError("route: give either a request or --task FILE")
-    explanation = explain_task(source, task) if task is not None else explain_request(source, str(request))
-    _emit(as_json, explanation.as_dict(), explanation)
+    found = explain_task(source, task) if task is not None else explain_request(source, str(request))
+    _emit(as_json, found.as_dict(), found)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lcia.adapters import AdapterPool
 from lcia.backbone.chat import encode_row, pad_left
@@ -41,12 +41,6 @@ def generate_answers(
 
     Batches hold prompts of like length, so that little is padding; padding is on the left.
     """
-    settings = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     answers = [""] * len(prompts)
     with pool.active(group) as model:
@@ -59,7 +53,7 @@ def generate_answers(
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                generation_config=settings,
+                max_new_tokens=decoding.max_new_tokens,  # all else is the backbone's greedy generation_config
             )  # (B, L + new)
             texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):

@@ -74,6 +74,8 @@ def assemble_results(
             "trained_parameters": trained_parameters,
         },
         "versions": library_versions(),
+        # In bfloat16 the order of a sum decides its last digits: another device or thread count, another run.
+        "machine": {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()},
         "date": now(),
     }
 

@@ -38,9 +38,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[s
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def render_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], answer: str
-) -> str:
+def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], answer: str) -> str:
     """The answer as the template writes it, up to and with the end of the turn."""
     end = str(tokenizer.eos_token or "")
     prompt = render_prompt(tokenizer, messages)
@@ -60,9 +58,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
     """Prompt and answer tokenised apart, so that generation starts from the very tokens trained on."""
     special = tokenizer.chat_template is None  # a template writes its own special tokens
     prompt = tokenizer(render_prompt(tokenizer, row.messages), add_special_tokens=special)["input_ids"]
-    answer = tokenizer(render_answer(tokenizer, row.messages, row.outputs[0]), add_special_tokens=False)[
-        "input_ids"
-    ]
+    answer = tokenizer(render_answer(tokenizer, row.messages, row.outputs[0]), add_special_tokens=False)["input_ids"]
     return Encoded(tuple(prompt), tuple(answer))
 
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,9 +76,7 @@ def find_model(name: str) -> str:
         if not (path / "config.json").is_file():
             raise UserError(f"model folder {name}: no config.json in it")
         if not any(found for pattern in _WEIGHT_PATTERNS for found in path.glob(pattern)):
-            raise UserError(
-                f"model folder {name}: no weights in it (looked for {', '.join(_WEIGHT_PATTERNS)})"
-            )
+            raise UserError(f"model folder {name}: no weights in it (looked for {', '.join(_WEIGHT_PATTERNS)})")
         return name
     if path.exists():
         raise UserError(f"model {name}: a file that is not GGUF; give a folder, a .gguf file or a hub id")
@@ -112,9 +112,25 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    for argument in ("position_ids", "logits_to_keep"):
+        if argument not in signature(model.forward).parameters:
+            raise UserError(f"model {name}: {config.model_type} takes no {argument}, which training here needs")
+    model.generation_config = _greedy(model, tokenizer)
     model.requires_grad_(False)
     model.eval().to(device)
     return Backbone(name, model, tokenizer, weights_sha256(dict(model.named_parameters())))
+
+
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Plain greedy decoding. A model's own defaults (sampling, repetition penalty) would leak into every evaluation;
+    only its tokens that end an answer are kept, beside the tokenizer's."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return GenerationConfig(
+        do_sample=False,
+        eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def load_tokenizer(where: str, name: str) -> PreTrainedTokenizerBase:
@@ -122,9 +138,7 @@ def load_tokenizer(where: str, name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model {name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"model {name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name}: its tokenizer has no eos_token, so an answer could never end")
     if tokenizer.pad_token_id is None:
@@ -184,9 +198,7 @@ def _dequantised(gguf: Path) -> Path:
         try:
             os.replace(partial, folder)
         except OSError:
-            if not (
-                folder / "complete.json"
-            ).is_file():  # else another process was faster, with the same bytes
+            if not (folder / "complete.json").is_file():  # else another process was faster, with the same bytes
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

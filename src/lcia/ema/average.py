@@ -259,27 +259,28 @@ class DynamicEMA:
         Beside the norms that the rule reads these are "weights" and "gradients": finite where all terms are.
         """
         names = [name for name in self._rule.reads if name in READS] if self._followed is None else []
-        check_weights = "offset" not in names  # its norm is a check already, as is the gradient's
-        check_gradients = bool(_GRADIENT & set(self._rule.reads)) and not _GRADIENT_NORMS & set(names)
-        sums = self._layout.row_sums(len(names) + 2)  # (k, R)
+        checks = [] if "offset" in names else ["weights"]  # the offset's norm is a check already
+        if _GRADIENT & set(self._rule.reads) and not _GRADIENT_NORMS & set(names):
+            checks.append("gradients")
+        sums = self._layout.row_sums(len(names) + len(checks))  # (k, R)
         for block in self._layout.blocks:
             moment = self._moment(block, now)
             work = self._work[: block.last - block.first]
             for i, name in enumerate(names):
                 absolute = torch.abs(READS[name](moment, work), out=work)
                 torch.sum(block.clear_padding(absolute), 1, out=sums[i, block.rows])
-            if check_weights:
-                torch.sum(moment.weights, 1, out=sums[-2, block.rows])
-            if check_gradients and moment.gradient is not None:
-                torch.sum(moment.gradient, 1, out=sums[-1, block.rows])
-            if not self._followed and moment.previous_gradient is not None and moment.gradient is not None:
+            for i, name in enumerate(checks, start=len(names)):
+                checked = moment.weights if name == "weights" else READS["gradient"](moment, None)
+                torch.sum(checked, 1, out=sums[i, block.rows])
+            if self._followed is None and moment.previous_gradient is not None and moment.gradient is not None:
                 moment.previous_gradient.copy_(moment.gradient)  # read for the last time, and still in the cache
-        total = self._sum(self._layout.sum_rows(sums))  # (k, n)
-        norms = dict(zip(names, total, strict=False))
-        norms["weights"] = total[-2] if check_weights else norms["offset"]
-        norms["gradients"] = next((norms[name] for name in names if name in _GRADIENT_NORMS), total[-1])
+        norms = dict(zip([*names, *checks], self._sum(self._layout.sum_rows(sums)), strict=True))
+        norms.setdefault("weights", norms.get("offset", now.present))
+        for name in _GRADIENT_NORMS & set(names):
+            norms["gradients"] = norms[name]
         if self._observed_sums is not None:
             norms["gradients"] = self._observed_sums
+        norms.setdefault("gradients", now.present)  # not read by the rule: nothing to refuse
         return norms
 
     def _move_tensors(self, now: _Step, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -393,7 +394,7 @@ class DynamicEMA:
     def retained_mass(self) -> dict[str, float]:
         """{name: Π β since the start}, the weight that θ*_0 still has in θ* (Eq. 21).
 
-        The mean over elements where β is per element; of tensors with more than 512, the mean over 512.
+        The mean over elements where β is per element; of tensors with more than 256, the mean over 256.
         """
         return self._numbers("retained")
 

@@ -1,7 +1,7 @@
 """Many small tensors as one flat buffer, so that a step is a few large operations and not thousands of small ones.
 
-Legend: n tensors; W elements a row; R rows of all tensors together; a tensor begins at a row boundary, the unused rest of
-its last row is padding and always zero. A block is a range of rows small enough to stay in the processor's cache.
+Legend: n tensors; W elements a row; R rows of all tensors together; a tensor begins at a row boundary, the unused rest
+of its last row is padding and always zero. A block is a range of rows small enough to stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -127,8 +127,9 @@ class Layout:
 
     def sum_rows(self, row_sums: Tensor) -> Tensor:  # (k, R) -> (k, n)
         """What the rows of each tensor add up to, in float64: the same bits in every run, also on a GPU."""
-        wide = row_sums.to(wide_dtype(self.device)).t().contiguous()
-        return torch.segment_reduce(wide, "sum", lengths=self.rows_per_tensor, unsafe=True).t()
+        wide = row_sums.to(wide_dtype(self.device))
+        sums = [torch.segment_reduce(row, "sum", lengths=self.rows_per_tensor, unsafe=True) for row in wide]
+        return torch.stack(sums) if sums else wide.new_zeros(0, len(self.sizes))
 
     def spread(self, per_tensor: Tensor) -> Tensor:  # (n,) -> (R, 1)
         """One number a tensor, repeated for each of its rows."""

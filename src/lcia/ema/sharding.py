@@ -21,8 +21,8 @@ def refuse_unreadable(name: str, parameter: Tensor) -> None:
     """Raise RuntimeError for a parameter whose weights or gradient are kept where nobody can read them."""
     if getattr(parameter, "ds_id", None) is not None or getattr(parameter, "_hp_mapping", None) is not None:
         raise RuntimeError(
-            f"{name} is managed by DeepSpeed ZeRO, which keeps its weights or gradient in its own partitions and clears "
-            "them inside engine.step(). DynamicEMA would average nothing without saying so: use DDP or FSDP2 instead."
+            f"{name} is managed by DeepSpeed ZeRO, which keeps weights or gradients in its own partitions and clears "
+            "them inside engine.step(): DynamicEMA cannot read them. Use DDP or FSDP2 instead"
         )
     if getattr(parameter, "_fsdp_flattened", False):
         raise RuntimeError(f"{name} is a view into an FSDP1 flat parameter: use FSDP2 (fsdp_version: 2) instead.")
