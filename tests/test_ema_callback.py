@@ -333,6 +333,7 @@ def test_a_step_that_the_scaler_skips_does_not_touch_the_average():
     state = SimpleNamespace(max_steps=9, global_step=0)
     args = SimpleNamespace(
         deepspeed=None,
+        fp16=True,
         train_batch_size=4,
         gradient_accumulation_steps=1,
         world_size=1,
@@ -369,3 +370,10 @@ def test_deepspeed_is_refused():
     args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}})
     with pytest.raises(RuntimeError, match="DeepSpeed makes the optimizer step"):
         DynamicEMACallback().on_train_begin(args, None, None, model=Net(), optimizer=None)
+
+
+def test_per_example_gradients_of_a_scaled_loss_are_refused():
+    args = SimpleNamespace(deepspeed=None, fp16=True)
+    callback = DynamicEMACallback("fisher", fisher_source="per_example")
+    with pytest.raises(ValueError, match="use bf16"):
+        callback.on_train_begin(args, None, None, model=Net(), optimizer=None)

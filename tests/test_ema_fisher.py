@@ -265,3 +265,15 @@ def test_large_tensors_have_their_retained_mass_from_a_sample():
         ema.step()
     exact = float((importance / (importance + 1)).mean())
     assert ema.retained_mass["w"] == pytest.approx(exact, abs=0.031)
+
+
+def test_hooks_on_backward_passes_end_with_their_average():
+    parameter = nn.Parameter(torch.zeros(2))
+    for close in (True, False):
+        ema = DynamicEMA({"w": parameter}, rule="fisher", total_steps=2, fisher_source="per_example")
+        assert len(parameter._backward_hooks) == 1
+        if close:
+            ema.close()
+        else:
+            del ema
+        assert not parameter._backward_hooks

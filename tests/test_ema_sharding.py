@@ -99,9 +99,13 @@ def one_of_two(rank: int, folder: str) -> None:
         ema.load(f"{folder}/{rule}.safetensors")
         train(net, ema, optimizer, half, slice(2, None))
         found[f"fsdp/{rule}"] = results(ema)
+        before = net(batches()[0]).detach()
         with ema.applied():
             applied = {name: parameter.full_tensor() for name, parameter in net.named_parameters()}
+            shown = net(batches()[0]).detach()
         found[f"applied/{rule}"] = {f"average/{name}": value for name, value in applied.items()}
+        again = net(batches()[0]).detach()
+        found[f"outputs/{rule}"] = {"raw": before, "average": shown, "raw again": again}
 
     for kind in ("ddp", "fsdp"):
         net = model()
@@ -154,8 +158,14 @@ def test_the_comparison_sees_more_than_the_constant(of_two):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_sharded_averages_are_put_into_the_model(of_two, rule):
-    for name, value in of_two[f"applied/{rule}"].items():
+    averages = of_two[f"applied/{rule}"]
+    for name, value in averages.items():
         assert torch.equal(value, of_two[f"fsdp/{rule}"][name])
+    net = model()
+    net.load_state_dict({name.removeprefix("average/"): value for name, value in averages.items()})
+    outputs = of_two[f"outputs/{rule}"]
+    assert torch.allclose(net(batches()[0]), outputs["average"], atol=1e-6)
+    assert torch.equal(outputs["raw"], outputs["raw again"])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

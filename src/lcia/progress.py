@@ -84,8 +84,8 @@ class Reporter:
     def row(self, row: int, scores: dict[str, float]) -> None:
         """A row of the accuracy matrix is measured."""
         self._rows[row] = scores
-        values = "  ".join(f"{task} {score:.1f}" for task, score in scores.items())
-        self._line(f"  row {row}: {values}")
+        if self._live is None:  # else the table shows it
+            self._line(f"  row {row}: " + "  ".join(f"{task} {score:.1f}" for task, score in scores.items()))
         self._refresh()
 
     def _line(self, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from lcia.ema import fisher
 from lcia.ema.followed import Followed
 from lcia.ema.layout import Block, Layout, Scratch, wide_dtype
-from lcia.ema.parameters import Parameters, layer_of
+from lcia.ema.parameters import Parameters
 from lcia.ema.rules import READS, Moment, constant_retaining, find_rule
 from lcia.errors import did_you_mean
 
@@ -107,19 +108,20 @@ class DynamicEMA:
         self.per = self._checked_per(per)
         self.total_steps = total_steps
         self.fallback = self._checked_fallback(fallback, retained)
+        self.examples_per_gradient = examples_per_gradient
         if "curvature" in reads:
             self._check_fisher(fisher_source, optimizer, strength)
         self.strength = strength
         self.forgetting = strength if forgetting is None else forgetting
         self.fisher_source = fisher_source
         self.fisher_decay = fisher_decay
-        self.examples_per_gradient = examples_per_gradient
         self._optimizer = optimizer
 
         self._parameters = Parameters(named_parameters, optional)
         weights = self._parameters.weights()
         self._layout = Layout([part.shape for part in weights], weights[0].device)
         zeros = self._vector([0] * len(weights))
+        self._layers = self._parameters.layers().to(zeros.device)  # (n,)
         self._elements = self._sum(self._vector(self._layout.sizes)[None])[0]  # (n,) on all processes
 
         self._average = self._layout.of(weights)
@@ -140,10 +142,13 @@ class DynamicEMA:
                     "fisher_source='per_example' sees the gradients of its own process only, and there are "
                     f"{self._parameters.reduction.processes}: use 'running' or 'adamw'"
                 )
-            self._examples = fisher.watch_backward_passes(self._parameters.by_name.values())
+            self._examples, hooks = fisher.watch_backward_passes(self._parameters.by_name.values())
+            # the hooks must not outlive this object: the next task's has its own
+            self._unwatch = weakref.finalize(self, fisher.remove_hooks, hooks)
 
         self._weights_scratch = Scratch(self._layout)
         self._gradient_scratch = Scratch(self._layout)
+        self._squares_scratch = Scratch(self._layout) if "curvature" in reads and self._squares is None else None
         self._work = torch.empty_like(self._weights_scratch.buffer)
         self._memory = {  # all (n,)
             "seen": zeros.clone(),  # 1 where there is a g_{t−1}
@@ -195,6 +200,11 @@ class DynamicEMA:
         if self._examples:
             torch._foreach_zero_(self._examples)
 
+    def close(self) -> None:
+        """Stop watching backward passes ("per_example"). What has been gathered stays readable."""
+        if self._examples:
+            self._unwatch()
+
     @torch.no_grad()
     def step(self) -> None:
         """Move the average: after optimizer.step(), before zero_grad().
@@ -236,8 +246,8 @@ class DynamicEMA:
         gradient = squares = correction = None
         if _GRADIENT & set(self._rule.reads):
             gradient = self._gradient_scratch.fill(block, now.gradients)
-        if now.squares:
-            squares = self._gradient_scratch.fill(block, now.squares)
+        if self._squares_scratch is not None:
+            squares = self._squares_scratch.fill(block, now.squares)
         elif self._squares is not None:
             squares = self._squares[rows]
         if now.correction is not None:
@@ -343,6 +353,7 @@ class DynamicEMA:
             names = self._parameters.names
             weights, gradients = ([names[i] for i in row.nonzero().flatten().tolist()] for row in bad)
             if weights:
+                self.discard()
                 raise RuntimeError(f"{weights[0]} is not finite after {self.steps} steps: θ* was not moved")
             if not self._warned:
                 self._warned = True
@@ -539,10 +550,7 @@ class DynamicEMA:
         """The sum over the tensors that share a β, given to each of them."""
         if self.per != "layer":
             return per_tensor
-        layers = [layer_of(name) for name in self._parameters.names]
-        number = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
-        index = torch.tensor([number[layer] for layer in layers], device=per_tensor.device)
-        return torch.zeros_like(per_tensor).index_add_(0, index, per_tensor)[index]
+        return torch.zeros_like(per_tensor).index_add_(0, self._layers, per_tensor)[self._layers]
 
     def _checked_per(self, per: str | None) -> str:
         if per is None:
@@ -573,6 +581,8 @@ class DynamicEMA:
             raise ValueError("fisher_source='adamw' reads the optimizer's second moment: give optimizer=")
         if not strength > 0:
             raise ValueError(f"strength is {strength}, it must be positive")
+        if not self.examples_per_gradient > 0:
+            raise ValueError(f"examples_per_gradient is {self.examples_per_gradient}, it must be positive")
 
     def _checked_importance(self, importance: Mapping[str, Tensor]) -> list[Tensor]:
         parts = self._parameters.parts_of("importance", importance)

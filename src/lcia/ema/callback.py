@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lcia.ema.average import DynamicEMA
@@ -45,6 +45,7 @@ class DynamicEMACallback(TrainerCallback):
 
     Raises:
         FileNotFoundError: training resumes from a checkpoint without `ema.safetensors`.
+        ValueError: an option that DynamicEMA does not take, or one that does not go with the Trainer's.
         RuntimeError: the Trainer runs on DeepSpeed or FSDP1, or evaluates several sets and `trainer` is not given.
     """
 
@@ -67,7 +68,7 @@ class DynamicEMACallback(TrainerCallback):
         self.ema: DynamicEMA | None = None
         self._clip_watch: ClipWatch | None = None
         self._unclip = 1.0
-        self._shown = ExitStack()  # holds the open `applied()` of an evaluation
+        self._raw: list[tuple[Tensor, Tensor]] = []  # (parameter, its θ) while an evaluation sees θ*
         self._evaluations_left = 0
         self._evaluated = False  # in this step, with θ*
 
@@ -80,6 +81,10 @@ class DynamicEMACallback(TrainerCallback):
                 "DeepSpeed makes the optimizer step, and clears the gradients, inside backward(), before a callback "
                 "can read them: DynamicEMACallback works with one process, DDP and FSDP2"
             )
+        if args.fp16 and self.options.get("fisher_source") == "per_example":
+            raise ValueError(
+                "fisher_source='per_example' would see gradients of the scaled loss that fp16 trains with: use bf16"
+            )
         defaults = {
             "total_steps": state.max_steps,
             "examples_per_gradient": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -88,6 +93,8 @@ class DynamicEMACallback(TrainerCallback):
         self.ema = DynamicEMA(model.named_parameters(), **{**defaults, **self.options})
         if state.global_step:
             self.ema.load(self._file_to_resume(args, state))
+        self._evaluations_left, self._raw = 0, []  # of a training that broke off
+        self._stop_watching()
         if self.ema.wants_unclipped and args.max_grad_norm:
             self._clip_watch = ClipWatch(model.parameters())
 
@@ -111,12 +118,12 @@ class DynamicEMACallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log and self.trainer is not None:
             self.trainer.log(self.log_values())
-        self._show_average(control)
+        self._show_average(control, kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._show_average(control)
+        self._show_average(control, kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,7 +138,7 @@ class DynamicEMACallback(TrainerCallback):
             )
         self._evaluations_left = max(0, self._evaluations_left - 1)
         if not self._evaluations_left:
-            self._shown.close()
+            self._show_raw()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer is None and "loss" in kwargs["logs"]:
@@ -150,9 +157,8 @@ class DynamicEMACallback(TrainerCallback):
     ) -> None:
         ema = self._running()
         self._evaluated = False
-        if self._clip_watch is not None:
-            self._clip_watch.close()
-            self._clip_watch = None
+        self._stop_watching()
+        ema.close()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             ema.load(_existing(Path(state.best_model_checkpoint) / FILE_NAME))
         if not self.keep_raw:
@@ -173,13 +179,26 @@ class DynamicEMACallback(TrainerCallback):
             values["ema_clipping_unknown"] = float(self._clip_watch.unknown)
         return values
 
-    def _show_average(self, control: TrainerControl) -> None:
+    @torch.no_grad()
+    def _show_average(self, control: TrainerControl, model: nn.Module) -> None:
         """Trainer has no moment before an evaluation; but what it will do after a step is decided by now."""
         if control.should_evaluate and self.evaluate_average and not self._evaluations_left:
             sets = None if self.trainer is None else self.trainer.eval_dataset
             self._evaluations_left = len(sets) if isinstance(sets, dict) else 1
             self._evaluated = True
-            self._shown.enter_context(self._running().applied())
+            self._raw = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+            self._running().copy_to_model()
+
+    @torch.no_grad()
+    def _show_raw(self) -> None:
+        for parameter, weights in self._raw:
+            parameter.copy_(weights)
+        self._raw = []
+
+    def _stop_watching(self) -> None:
+        if self._clip_watch is not None:
+            self._clip_watch.close()
+            self._clip_watch = None
 
     def _running(self) -> DynamicEMA:
         if self.ema is None:

@@ -8,8 +8,8 @@ With g a mean over n examples, three readings of the same quantity E[(∂ log p 
     per_example   n · mean over steps of Σ_i m_i²     g = Σ m_i, the parts that single backward passes add: exact when
                                                       every backward pass holds one example
 
-The first two contain n·E[g]², which dies out near a minimum; the last one does not wait for that. Where the batch is one
-example they are the same number.
+Near a minimum E[g] = 0 and they agree. On the way there the first two count E[g]² n times, the last one once: with a
+large batch and a short task, `running` and `adamw` find the new task more demanding than it is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lcia.ema.sharding import local
 
@@ -57,8 +58,8 @@ def adamw_second_moment(optimizer: Any, parameters: Mapping[str, Tensor]) -> tup
     return moments, bias_correction(torch.tensor(decay, dtype=observed.dtype, device=observed.device), observed)
 
 
-def watch_backward_passes(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Tensors to which every backward pass adds the square of what it adds to each gradient."""
+def watch_backward_passes(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[RemovableHandle]]:
+    """Tensors to which every backward pass adds the square of what it adds to each gradient, and the hooks' handles."""
 
     def add_square_to(total: Tensor) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
@@ -67,9 +68,13 @@ def watch_backward_passes(parameters: Iterable[Tensor]) -> list[Tensor]:
 
         return hook
 
-    totals = []
+    totals, handles = [], []
     for parameter in parameters:
-        total = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-        parameter.register_hook(add_square_to(total))
-        totals.append(total)
-    return totals
+        totals.append(torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False))
+        handles.append(parameter.register_hook(add_square_to(totals[-1])))
+    return totals, handles
+
+
+def remove_hooks(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

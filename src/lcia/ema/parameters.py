@@ -103,6 +103,12 @@ class Parameters:
             positions.append(shard_like(numbered, parameter).reshape(-1).cpu())
         return sizes, positions
 
+    def layers(self) -> Tensor:  # (n,)
+        """The number of the layer that each belongs to."""
+        layers = [layer_of(name) for name in self.names]
+        number = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
+        return torch.tensor([number[layer] for layer in layers])
+
     def alphabetical(self) -> list[int]:
         """An order that does not depend on how a model lists its parameters: the one in which numbers are stored."""
         return sorted(range(len(self.names)), key=self.names.__getitem__)
