@@ -65,8 +65,10 @@ def write_table(tuning: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any
     lines = [
         "# Six-task assistant stream, SmolLM2-135M, LoRA r = 16",
         "",
-        "Command: `make study-demo`. 30 steps of 8 rows a task, 40 test rows a task, learning rate 5e-4 (constant).",
-        f"Seeds {', '.join(map(str, SEEDS))}; mean ± sample standard deviation over seeds; percent.",
+        f"Command: `make study-demo`. {COMMON['max_steps']} steps of {COMMON['per_device_train_batch_size']} rows a task, "
+        f"{COMMON['max_eval_examples']} test rows a task, learning rate {COMMON['learning_rate']} (constant).",
+        f"Seeds {', '.join(map(str, SEEDS))}; mean ± sample standard deviation over seeds; percent. Two runs at a time, one",
+        "thread each, on 2 CPU cores: another number of threads gives other last digits in bfloat16, and so other runs.",
         f"Dates {dates[0][:10]} to {dates[-1][:10]}; versions: "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + ".",

@@ -32,7 +32,19 @@ def run_all(study: str, runs: Mapping[str, Mapping[str, Any]], jobs: int = 0) ->
     with ThreadPoolExecutor(jobs) as pool:
         for finished in [pool.submit(_run, study, name, runs[name], jobs) for name in pending]:
             finished.result()
-    return {name: json.loads(_kept(study, name).read_text(encoding="utf-8")) for name in runs}
+    results = {name: json.loads(_kept(study, name).read_text(encoding="utf-8")) for name in runs}
+    for name, found in results.items():
+        _require_same(found, runs[name], _kept(study, name))
+    return results
+
+
+def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """A result that was kept must not pass for one of other settings."""
+    known = {key: found[key] for key in ("seed", "model", "stream") if key in wanted}
+    steps = len(found["tasks"]) if "tasks" not in wanted else len(wanted["tasks"])
+    same = all(wanted[key] == value for key, value in known.items()) and len(found["tasks"]) == steps
+    if not same:
+        raise SystemExit(f"{path} holds a result of other settings than the study's; remove it")
 
 
 def _kept(study: str, name: str) -> Path:

@@ -134,9 +134,49 @@ def test_an_unknown_option_of_a_method_names_the_nearest(refused, config) -> Non
     assert "'threshold'" in message
 
 
-@pytest.mark.parametrize("option", [{"rule": "eq46"}, {"retained": 1.5}, {"threshold": "high"}, {"start": "first"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"rule": "eq46"},
+        {"retained": 1.5},
+        {"threshold": "high"},
+        {"start": "first"},
+        {"route_threshold": "5e-1"},
+    ],
+)
 def test_a_refused_value_of_a_method(refused, config, option) -> None:
     assert "method" in refused("train", config(method={"name": "lcia", **option}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr_scheduler_type": "linea"},
+        {"optim": "adamx"},
+        {"adam_epsilon": "small"},
+        {"lora_target_modules": ["foo"]},
+        {"label_smoothing_factor": 0.1},
+    ],
+)
+def test_a_value_that_training_would_refuse_later(refused, config, change, tmp_path) -> None:
+    assert next(iter(change)) in refused("train", config(**change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(config) -> None:
+    from lcia.config import load_config
+
+    assert load_config(config(adam_epsilon="1e-6")).training_arguments()["adam_epsilon"] == 1e-6
+
+
+def test_ctrl_c_says_how_to_go_on(lcia, config, monkeypatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.TaskTrainer, "train", interrupted)
+    code, _, err = lcia("train", config())
+    assert code == 130
+    assert "lcia resume" in err
 
 
 def test_two_tasks_of_one_name(refused, config, tmp_path) -> None:

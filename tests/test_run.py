@@ -75,12 +75,15 @@ def test_lcia_shares_weights_where_instructions_match_and_averages_only_there(ti
     assert second["animals"] == third["animals"]
 
 
-def test_unchanged_groups_are_not_evaluated_again(tiny_config) -> None:
-    results = measure(tiny_config(seed=11))
-    # row 0: 3 (the base model); row 1: colours + animals; row 2: animals, paints (colours' weights did not change, but
-    # paints asks something new of them); row 3: colours, paints
-    assert results["cost"]["evaluations_reused"] > 0
-    again = measure(tiny_config(seed=11, output_dir=str(Path(tiny_config().output_dir).with_name("again"))))
+def test_unchanged_groups_are_not_evaluated_again(tiny_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("LCIA_CACHE", str(tmp_path / "empty"))
+    results = measure(tiny_config())
+    # row 0: three tasks of the base model. row 1: colours and, sent to the only group, animals. row 2: colours did not
+    # change; animals by its new group; paints by colours. row 3: animals did not change; colours and paints by the
+    # averaged weights.
+    assert results["cost"]["evaluations_run"] == 3 + 2 + 2 + 2
+    assert results["cost"]["evaluations_reused"] == 1 + 1
+    again = measure(tiny_config(output_dir=str(tmp_path / "again")))
     assert again["cost"]["evaluations_run"] == 0
     assert again["matrix"] == results["matrix"]
 
@@ -109,7 +112,7 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(("owner", "moment"), MOMENTS, ids=[moment for _, moment in MOMENTS])
-@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize("call", [1, 2, 3])
 def test_an_interrupted_run_goes_on_to_the_same_result(tiny_config, tmp_path, monkeypatch, owner, moment, call) -> None:
     whole = measure(tiny_config(output_dir=str(tmp_path / "whole")))
     original = getattr(owner, moment)
@@ -206,3 +209,55 @@ def test_answers_are_those_of_the_evaluation(tiny_config) -> None:
     record = json.loads((folder / "predictions" / "3" / "animals.jsonl").read_text().splitlines()[0])
     text = record["prompt"].removeprefix("<|user|>").removesuffix("<|end|>\n<|assistant|>")
     assert answer_requests(folder, [(text, None)])[0].answer == record["prediction"]
+
+
+@pytest.mark.parametrize("change", ["data", "model"])
+def test_a_run_does_not_go_on_with_other_data_or_another_model(tiny_config, tiny_model, tiny_stream, tmp_path, change):
+    import shutil
+
+    data, model = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(tiny_stream, data)
+    shutil.copytree(tiny_model, model)
+    config = tiny_config(stream=str(data), model=str(model))
+    measure(config)
+    if change == "data":
+        path = data / "animals.jsonl"
+        path.write_text(path.read_text().replace("item 3", "item 33"))
+    else:
+        path = model / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="began with"), Reporter() as reporter:
+        resume(Path(config.output_dir), reporter)
+
+
+def test_a_run_can_be_resumed_from_another_folder(tiny_config, tiny_stream, tmp_path, monkeypatch) -> None:
+    import shutil
+
+    shutil.copytree(tiny_stream, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    results = measure(tiny_config(stream="data"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with Reporter() as reporter:
+        assert resume(tmp_path / "run", reporter) == results
+
+
+def test_without_hard_links_adapters_are_copied(tiny_config, tmp_path, monkeypatch) -> None:
+    import os
+
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError("this file system has no hard links")
+
+    expected = measure(tiny_config(output_dir=str(tmp_path / "links")))
+    monkeypatch.setattr(os, "link", refuse)
+    assert without_cost(measure(tiny_config())) == without_cost(expected)
+
+
+def test_groups_may_bear_names_that_python_modules_use(tiny_config, tiny_stream, tmp_path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, source in (("update", "colours"), ("train", "animals")):
+        (data / f"{name}.jsonl").write_text((tiny_stream / f"{source}.jsonl").read_text())
+    assert set(measure(tiny_config(stream=str(data)))["groups"].values()) == {"update", "train"}

@@ -28,9 +28,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def own(count: int, **more: Any) -> list[Record]:
-    return [
-        {"instruction": "Say it", "input": f"q{n}", "output": f"answer {n}", **more} for n in range(count)
-    ]
+    return [{"instruction": "Say it", "input": f"q{n}", "output": f"answer {n}", **more} for n in range(count)]
 
 
 def one_task(path: Path, **more: Any) -> Task:
@@ -85,9 +83,7 @@ def test_a_perfect_answer_scores_one_on_every_row_of_the_assistant() -> None:
 
 def test_the_shipped_data_name_their_sources() -> None:
     text = (DATA / "assistant/README.md").read_text()
-    assert all(
-        word in text for word in ("clinc/oos-eval", "snipsco/nlu-benchmark", "PolyAI-LDN", "CC BY 4.0")
-    )
+    assert all(word in text for word in ("clinc/oos-eval", "snipsco/nlu-benchmark", "PolyAI-LDN", "CC BY 4.0"))
 
 
 def test_tasks_are_selected_and_ordered() -> None:
@@ -131,8 +127,7 @@ TURNS = [
 ]
 SAID = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
 SHARE = [
-    {"from": {"user": "human", "assistant": "gpt"}.get(t["role"], t["role"]), "value": t["content"]}
-    for t in TURNS
+    {"from": {"user": "human", "assistant": "gpt"}.get(t["role"], t["role"]), "value": t["content"]} for t in TURNS
 ]
 FORMATS: dict[str, tuple[Record, tuple[tuple[str, str], ...], tuple[str, ...], str]] = {
     "own": (
@@ -259,9 +254,7 @@ def test_a_json_file_that_is_jsonl_and_a_jsonl_file_that_is_a_list(tmp_path: Pat
 def test_lines_of_list_elements_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("\n[\n" + ",\n\n".join(json.dumps(row) for row in own(10)) + "\n]\n")
     sources = [row.source for row in all_rows(load_stream(tmp_path)[0])]
-    assert [source.rsplit(":", 1)[1] for source in sources] == [
-        f"{2 * n + 1} (element {n})" for n in range(1, 11)
-    ]
+    assert [source.rsplit(":", 1)[1] for source in sources] == [f"{2 * n + 1} (element {n})" for n in range(1, 11)]
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
@@ -342,9 +335,7 @@ def test_image_folder_and_stream_folder(images: Path) -> None:
     elsewhere = write(images / "rows/a.jsonl", with_splits([LLAVA]))
     assert one_task(elsewhere, image_folder=str(images)).has_images
     inside = write(images / "stream/vision/data.jsonl", with_splits([LLAVA]))
-    (images / "stream/pics").symlink_to(
-        inside.parent
-    )  # the task's own folder, and the stream's, are looked into
+    (images / "stream/pics").symlink_to(inside.parent)  # the task's own folder, and the stream's, are looked into
     (inside.parent / "a.png").write_bytes(b"")
     assert load_stream(images / "stream")[0].has_images
 
@@ -403,17 +394,13 @@ def test_an_unused_task_instruction_is_noted(tmp_path: Path) -> None:
 
 def test_many_instructions_are_noted(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"instruction": f"do {n}", "input": "", "output": "x"} for n in range(200)])
-    assert any(
-        "160 distinct instructions in 160 training rows" in note for note in load_stream(tmp_path).notes
-    )
+    assert any("160 distinct instructions in 160 training rows" in note for note in load_stream(tmp_path).notes)
 
 
 # --- splits ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("count", "sizes"), [(2, (1, 0, 1)), (5, (4, 0, 1)), (10, (8, 1, 1)), (99, (79, 10, 10))]
-)
+@pytest.mark.parametrize(("count", "sizes"), [(2, (1, 0, 1)), (5, (4, 0, 1)), (10, (8, 1, 1)), (99, (79, 10, 10))])
 def test_a_split_is_drawn_where_none_is_stated(count: int, sizes: tuple[int, ...], tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", own(count))
     stream = load_stream(tmp_path)

@@ -284,9 +284,7 @@ def test_skipping_every_row_is_no_success(tmp_path: Path) -> None:
 def test_scorers_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(lines(*GOOD))
-    fails(
-        [{"name": "a", "path": str(path), "scorer": "exakt"}], "unknown scorer 'exakt'. Did you mean 'exact'?"
-    )
+    fails([{"name": "a", "path": str(path), "scorer": "exakt"}], "unknown scorer 'exakt'. Did you mean 'exact'?")
     fails([{"name": "a", "path": str(path), "scorer": "option_letter"}], f"{path}:1", "names no option A-Z")
 
 
@@ -401,14 +399,10 @@ LLAVA = {"id": "x", "image": "a.png", "conversations": [{"from": "human", "value
 VALID: dict[str, str] = {
     "own.jsonl": lines(*({**row, "split": "test" if int(row["id"]) > 7 else "train"} for row in GOOD)),
     "list.json": json.dumps([{**row, "output": ["a", "b"]} for row in GOOD], indent=1),
-    "chat.jsonl": lines(
-        *({"id": n, "messages": [{"role": "system", "content": "x"}, USER, BOT]} for n in range(4))
-    ),
+    "chat.jsonl": lines(*({"id": n, "messages": [{"role": "system", "content": "x"}, USER, BOT]} for n in range(4))),
     "llava.json": json.dumps([LLAVA, LLAVA, LLAVA]),
     "coin.jsonl": lines(*({"question_id": n, "text": f"{n}\nSay it", "answer": "B"} for n in range(4))),
-    "super.json": json.dumps(
-        {"Definition": ["Say it"], "Instances": [{**row, "output": ["a"]} for row in GOOD]}
-    ),
+    "super.json": json.dumps({"Definition": ["Say it"], "Instances": [{**row, "output": ["a"]} for row in GOOD]}),
     "tasks.json": json.dumps([{"task": "own", "scorer": "exact", "instruction": "x"}, {"name": "list"}]),
 }
 SWAPS = [

@@ -56,9 +56,7 @@ def test_lengths_in_words_have_no_limit() -> None:
 
 
 def test_lengths_in_tokens_are_compared_with_the_limit() -> None:
-    lengths = (
-        describe(STREAM, count_tokens=lambda row: len(row.messages[0][1]), max_length=3).tasks[0].lengths
-    )
+    lengths = describe(STREAM, count_tokens=lambda row: len(row.messages[0][1]), max_length=3).tasks[0].lengths
     assert (lengths.unit, lengths.min, lengths.max) == ("tokens", 1, 5)
     assert (lengths.limit, lengths.over) == (3, 1)
 

@@ -40,12 +40,10 @@ def main() -> None:
     except (UserError, GateError) as error:
         print(f"lcia: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(
-            "lcia: interrupted; nothing that was finished is lost (`lcia resume RUN` goes on)",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C
+            print("lcia: interrupted; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
+        raise
     except Exception as error:  # noqa: BLE001 - the last resort: a message instead of a page of frames
         if os.environ.get("LCIA_DEBUG"):
             traceback.print_exc()

@@ -15,18 +15,28 @@ from lcia.errors import UserError, did_you_mean
 # TrainingArguments that the run sets itself: a user's value would be ignored, so it is refused.
 _OWNED_ARGUMENTS = frozenset(
     {
+        "auto_find_batch_size",
         "bf16",
         "data_seed",
+        "dataloader_pin_memory",
+        "disable_tqdm",
         "do_eval",
         "do_predict",
         "do_train",
+        "eval_on_start",
         "eval_strategy",
         "fp16",
+        "group_by_length",
+        "label_smoothing_factor",
         "load_best_model_at_end",
         "logging_dir",
+        "logging_nan_inf_filter",
+        "push_to_hub",
         "remove_unused_columns",
         "resume_from_checkpoint",
         "save_strategy",
+        "train_sampling_strategy",
+        "use_cpu",
     }
 )
 
@@ -86,6 +96,18 @@ class RunConfig(BaseModel):
         known = _training_argument_names()
         return {key: value for key, value in self.model_dump().items() if key in known and key != "output_dir"}
 
+    def with_absolute_paths(self) -> RunConfig:
+        """Local files and folders as absolute paths: a run can then be resumed from any working directory."""
+
+        def absolute(name: Any) -> Any:
+            return str(Path(name).absolute()) if isinstance(name, str) and Path(name).exists() else name
+
+        stream = self.stream
+        if isinstance(stream, list):
+            paths = ("path", "image_folder")
+            stream = [{k: absolute(v) if k in paths else v for k, v in task.items()} for task in stream]
+        return self.model_copy(update={"stream": absolute(stream), "model": absolute(self.model)})
+
     def as_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
@@ -123,7 +145,31 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     from lcia.methods import build_method  # late: the configuration must not wait for torch when it is wrong
 
     build_method(config.method_parts(), where=where)
+    _check_training_arguments(config, where)
     return config
+
+
+def _check_training_arguments(config: RunConfig, where: str) -> None:
+    """transformers refuses some values only when its arguments are built: that must not be after hours of work."""
+    from transformers import TrainingArguments
+
+    values = config.training_arguments()
+    for field in dataclasses.fields(TrainingArguments):
+        value = values.get(field.name)
+        is_number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
+        if is_number and isinstance(value, str):  # YAML reads 1e-6 (no dot) as text
+            try:
+                values[field.name] = float(value)
+            except ValueError:
+                raise UserError(f"{where}: key {field.name!r}: {value!r} is not a number") from None
+            setattr(config, field.name, values[field.name])
+    try:
+        TrainingArguments(output_dir=config.output_dir, **{"report_to": "none", **values})
+    except (ValueError, TypeError) as error:
+        # transformers names the value it refuses, not its key
+        named = [key for key, value in values.items() if isinstance(value, str) and value and value in str(error)[:80]]
+        key = f"key {named[0]!r}: " if named else ""
+        raise UserError(f"{where}: {key}{error}") from None
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConfig:

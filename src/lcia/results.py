@@ -13,13 +13,13 @@ import torch
 from lcia.config import RunConfig
 from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics
-from lcia.run_folder import now
 from lcia.stream import Stream
 
 _LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "scikit-learn", "rouge-score", "safetensors")
 
 
 def assemble_results(
+    began: Mapping[str, Any],
     config: RunConfig,
     stream: Stream,
     placements: Mapping[str, Placement],
@@ -31,6 +31,7 @@ def assemble_results(
     """The document.
 
     Args:
+        began: the ledger's `run_began` line.
         stages: the ledger's `stage_learned` lines.
         rows: matrix row → the ledger's `row_measured` line.
         trained_parameters: numbers in the pool at the end.
@@ -73,10 +74,9 @@ def assemble_results(
             "peak_memory_mib": max(record["peak_memory_mib"] for record in [*stages, *rows.values()]),
             "trained_parameters": trained_parameters,
         },
-        "versions": library_versions(),
-        # In bfloat16 the order of a sum decides its last digits: another device or thread count, another run.
-        "machine": {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()},
-        "date": now(),
+        "versions": began["versions"],
+        "machine": began["machine"],
+        "date": max(record["at"] for record in [*stages, *rows.values()]),
     }
 
 
@@ -99,6 +99,11 @@ def method_name(config: RunConfig) -> str:
 
 def library_versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: version(name) for name in _LIBRARIES}}
+
+
+def machine() -> dict[str, Any]:
+    """In bfloat16 the order of a sum decides its last digits: another device or thread count is another run."""
+    return {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
 
 
 def peak_memory_mib() -> float:

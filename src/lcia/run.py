@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from lcia.adapters import AdapterPool
 from lcia.backbone import Backbone, Encoded, cache_dir, encode_row, load_backbone
@@ -22,7 +25,7 @@ from lcia.files import write_json, write_text
 from lcia.grouping import Match
 from lcia.methods import Combined, Placement, build_method
 from lcia.progress import Reporter
-from lcia.results import assemble_results, library_versions, method_name, peak_memory_mib
+from lcia.results import assemble_results, library_versions, machine, method_name, peak_memory_mib
 from lcia.run_folder import RunFolder
 from lcia.seeds import stable_seed
 from lcia.stream import Row, Stream, Task, load_stream
@@ -78,15 +81,29 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     Raises:
         UserError: before any training, when the data, the model or the output folder cannot be used.
     """
+    config = config.with_absolute_paths()
     stream = load_run_stream(config)
     check_text_only(stream, config.model)
     folder = RunFolder(config.output_dir).require_free()
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-    _check_lengths(stream, backbone, config)
+    check_lengths(stream, backbone.tokenizer, config.max_length)
+    _check_target_modules(backbone, config.lora_target_modules)
     with folder.lock():
+        folder.require_free()  # another process may have begun here while the model was loading
         write_text(folder.config, config.as_yaml())
-        folder.confirm("run_began", versions=library_versions())
+        _begin(folder, stream, backbone)
         return _finish(_open(folder, config, stream, backbone), reporter)
+
+
+def _begin(folder: RunFolder, stream: Stream, backbone: Backbone) -> None:
+    """The ledger's first line: on what, and with what, everything that follows was made."""
+    folder.confirm(
+        "run_began",
+        versions=library_versions(),
+        machine=machine(),
+        base_sha256=backbone.fingerprint,
+        data_sha256={task.name: _rows_sha256(task) for task in stream},
+    )
 
 
 def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
@@ -95,7 +112,16 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
     config = load_config(folder.config)
     with folder.lock():
         stream = load_run_stream(config)
+        began = folder.records("run_began")
+        for task in stream:
+            if began and began[0]["data_sha256"].get(task.name) != _rows_sha256(task):
+                raise UserError(
+                    f"{path}: the rows of task {task.name!r} are not those the run began with; restore the data, "
+                    "or start a new run"
+                )
         backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        if not began:  # interrupted before its first line
+            _begin(folder, stream, backbone)
         return _finish(_open(folder, config, stream, backbone), reporter)
 
 
@@ -116,11 +142,32 @@ def check_text_only(stream: Stream, model: str) -> None:
                     raise UserError(f"{row.source}: an image row, and model {model!r} reads text only")
 
 
-def _check_lengths(stream: Stream, backbone: Backbone, config: RunConfig) -> None:
+def check_lengths(stream: Stream, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Raises UserError before any training for a task of which no row fits."""
     for task in stream:
-        if not any(len(encode_row(backbone.tokenizer, row)) <= config.max_length for row in task.train):
-            raise UserError(f"task {task.name!r}: no training row fits max_length {config.max_length}; raise it")
+        if not any(len(encode_row(tokenizer, row)) <= max_length for row in task.train):
+            raise UserError(f"task {task.name!r}: no training row fits max_length {max_length}; raise it")
+
+
+def _check_target_modules(backbone: Backbone, targets: str | list[str]) -> None:
+    """Raises UserError for modules that the model does not have; a text is a pattern, as in PEFT."""
+    names = [name for name, _ in backbone.model.named_modules()]
+    if isinstance(targets, str):
+        missing = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if missing:
+        raise UserError(f"key 'lora_target_modules': model {backbone.name} has no module {', '.join(missing)}")
+
+
+def _rows_sha256(task: Task) -> str:
+    """What a task teaches and asks, by content."""
+    rows = [
+        [split, row.id, row.instruction, row.messages, row.outputs, row.images]
+        for split, rows in (("train", task.train), ("dev", task.dev), ("test", task.test))
+        for row in rows
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _open(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbone) -> Session:
@@ -131,6 +178,12 @@ def _open(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbo
         "lora_dropout": config.lora_dropout,
         "target_modules": config.lora_target_modules,
     }
+    began = folder.records("run_began")
+    if began and began[0]["base_sha256"] != backbone.fingerprint:
+        raise UserError(
+            f"{folder.path}: the weights of model {config.model} are not those the run began with; its adapters "
+            "belong to the old ones"
+        )
     pool = AdapterPool(backbone.model, lora, config.model, config.seed)
     method = build_method(config.method_parts())
     method.attach(pool)
@@ -179,6 +232,7 @@ def _finish(session: Session, reporter: Reporter) -> dict[str, Any]:
             rows[row] = _measure_row(session, cache, row, seen, reporter)
 
     results = assemble_results(
+        folder.records("run_began")[0],
         config,
         session.stream,
         session.placements,
@@ -332,6 +386,15 @@ def _model_card(session: Session, group: str) -> str:
 
 
 def _engine(session: Session) -> str:
-    """What beside weights and prompt can change a prediction's last digits."""
-    model = session.backbone.model
-    return f"{model.dtype}/{model.config._attn_implementation}/{version('torch')}/{version('transformers')}"
+    """What beside the weights' and the prompts' content can change a prediction, down to its last digits."""
+    model, tokenizer = session.backbone.model, session.backbone.tokenizer
+    facts = {
+        "config": {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"},
+        "attention": model.config._attn_implementation,
+        "generation": model.generation_config.to_dict(),
+        "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab()),
+        "lora_alpha": session.config.lora_alpha,
+        "versions": library_versions(),
+        "machine": machine(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -65,7 +65,7 @@ class RunFolder:
                 f"output_dir {self.path} holds another run; choose another output_dir, "
                 f"or go on with `lcia resume {self.path}`"
             )
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
             raise UserError(f"output_dir {self.path} is not empty and holds no run; choose another output_dir")
         return self
 
@@ -139,7 +139,7 @@ class RunFolder:
         for name in pool.names:
             if unchanged.get(name) == pool.sha256(name):
                 source = self._history / before[-1]["stage"] / name
-                shutil.copytree(source, partial / name, copy_function=os.link)
+                shutil.copytree(source, partial / name, copy_function=_link_or_copy)
             else:
                 pool.save(name, partial / name)
                 write_text(partial / name / "README.md", model_card(name))
@@ -160,7 +160,7 @@ class RunFolder:
         partial.mkdir()
         for folder in source.iterdir():
             if folder.is_dir():
-                shutil.copytree(folder, partial / folder.name, copy_function=os.link)
+                shutil.copytree(folder, partial / folder.name, copy_function=_link_or_copy)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         if (source / "codebook.json").is_file():
@@ -182,6 +182,14 @@ class RunFolder:
         for name in record["sha256"]:
             pool.load(name, folder / name)
         _load_method(method, folder)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A hard link where the file system has them: an adapter that did not change takes no new space."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _save_method(method: Combined, folder: Path) -> None:

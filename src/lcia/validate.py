@@ -9,22 +9,21 @@ from lcia.backbone.loading import find_model, load_tokenizer
 from lcia.config import RunConfig
 from lcia.grouping import Codebook
 from lcia.methods import build_method
-from lcia.run import check_text_only, load_run_stream
-from lcia.run_folder import RunFolder
+from lcia.run import check_lengths, check_text_only, load_run_stream
 from lcia.stream import Stream, StreamSummary, describe, load_stream
 
 
 def validate_config(config: RunConfig) -> StreamSummary:
-    """Everything `lcia train` would check, and the stream in numbers.
+    """The stream in numbers, checked as `lcia train` would; the model's weights and output_dir are not looked at.
 
     Raises:
-        UserError: as `lcia train` would, before it trains.
+        UserError: configuration or data that `lcia train` would refuse.
     """
     stream = load_run_stream(config)
     check_text_only(stream, config.model)
-    RunFolder(config.output_dir).require_free()
     codebook = build_method(config.method_parts()).codebook
     tokenizer = load_tokenizer(find_model(config.model), config.model)
+    check_lengths(stream, tokenizer, config.max_length)
     return describe(
         stream,
         count_tokens=lambda row: len(encode_row(tokenizer, row)),

@@ -21,6 +21,8 @@ from lcia.errors import UserError
 from lcia.seeds import stable_seed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+# PEFT keeps adapters in ModuleDicts, where names such as `train` or `update` are taken.
+_PREFIX = "group_"
 
 
 class AdapterPool:
@@ -43,7 +45,7 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        return [] if self._peft is None else list(self._peft.peft_config)
+        return [] if self._peft is None else [name.removeprefix(_PREFIX) for name in self._peft.peft_config]
 
     def add(self, name: str, start: str | None = None) -> None:
         """A new adapter: with the weights of `start`, else random A and zero B (the base model's function)."""
@@ -54,13 +56,11 @@ class AdapterPool:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT asks transformers under a name that transformers has renamed; nothing a user could do.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            # PEFT's own reader confuses short names with its prefix; ours matches `lora_X.NAME` exactly.
-            warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
             torch.manual_seed(stable_seed(self._seed, name))
             if self._peft is None:
-                self._peft = get_peft_model(self._base, config, adapter_name=name)
+                self._peft = get_peft_model(self._base, config, adapter_name=_PREFIX + name)
             else:
-                self._peft.add_adapter(name, config)
+                self._peft.add_adapter(_PREFIX + name, config)
         if start is not None:
             self._copy_in(name, self._state(start))
 
@@ -91,15 +91,13 @@ class AdapterPool:
         """
         self._require(name)
         assert self._peft is not None
-        self._peft.set_adapter(name)
+        self._peft.set_adapter(_PREFIX + name)
         mine = self.parameters(name)
         for key, parameter in self._peft.named_parameters():
             parameter.requires_grad_(key in mine)
         trained = {key for key, parameter in self._peft.named_parameters() if parameter.requires_grad}
         if trained != set(mine):
-            raise RuntimeError(
-                f"adapter {name!r}: {len(trained ^ set(mine))} parameters are wrongly (un)trained"
-            )
+            raise RuntimeError(f"adapter {name!r}: {len(trained ^ set(mine))} parameters are wrongly (un)trained")
         return mine
 
     @contextlib.contextmanager
@@ -112,7 +110,7 @@ class AdapterPool:
                 yield self.model
             return
         self._require(name)
-        self._peft.set_adapter(name)
+        self._peft.set_adapter(_PREFIX + name)
         yield self._peft
 
     def sha256(self, name: str) -> str:
@@ -126,7 +124,7 @@ class AdapterPool:
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.cpu().contiguous() for key, value in self._state(name).items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = copy.copy(self._peft.peft_config[name])
+        config = copy.copy(self._peft.peft_config[_PREFIX + name])
         config.base_model_name_or_path = self._base_name  # PEFT puts the local cache folder here
         config.inference_mode = True
         config.save_pretrained(str(folder))
@@ -158,4 +156,4 @@ class AdapterPool:
 
 def _of_adapter(name: str) -> re.Pattern[str]:
     """Matches the adapter's own part of a PEFT parameter name, `lora_A.NAME`, and nothing of the base's modules."""
-    return re.compile(rf"(\blora_\w+)\.{re.escape(name)}(?=\.|$)")
+    return re.compile(rf"(\blora_\w+)\.{_PREFIX}{re.escape(name)}(?=\.|$)")

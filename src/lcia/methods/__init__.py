@@ -6,14 +6,12 @@ import inspect
 from typing import Any
 
 from lcia.errors import UserError, did_you_mean
-from lcia.methods.averaging import LLaCA, StableEMA
+from lcia.methods.averaging import Averaging, LLaCA, StableEMA
 from lcia.methods.base import Combined, Method, Placement, Training
 from lcia.methods.lcia import LCIA
 from lcia.methods.references import MultiTask, ZeroShot
 
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (ZeroShot, Method, MultiTask, StableEMA, LLaCA, LCIA)
-}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ZeroShot, Method, MultiTask, StableEMA, LLaCA, LCIA)}
 
 
 def build_method(parts: list[tuple[str, dict[str, Any]]], where: str = "configuration") -> Combined:
@@ -35,7 +33,10 @@ def build_method(parts: list[tuple[str, dict[str, Any]]], where: str = "configur
             built.append(METHODS[name](**options))
         except (UserError, ValueError, TypeError) as error:
             raise UserError(f"{where}: key 'method': {name}: {error}") from error
-    return Combined(built)
+    combined = Combined(built)
+    if sum(isinstance(part, Averaging) for part in combined.leaves()) > 1:
+        raise UserError(f"{where}: key 'method': two parts average the weights; the last one would undo the others")
+    return combined
 
 
 __all__ = ["METHODS", "Combined", "Method", "Placement", "Training", "build_method"]

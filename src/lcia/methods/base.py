@@ -123,6 +123,10 @@ class Combined(Method):
         for part in self.parts:
             part.attach(pool)
 
+    def leaves(self) -> list[Method]:
+        """The parts, and the parts of parts that are themselves composed."""
+        return [leaf for part in self.parts for leaf in (part.leaves() if isinstance(part, Combined) else [part])]
+
     def schedule(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         plain = super().schedule(tasks)
         changed = [stages for part in self.parts if (stages := part.schedule(tasks)) != plain]
@@ -177,15 +181,9 @@ class Combined(Method):
         return {key: value for part in self.parts for key, value in part.report().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            f"{i}.{key}": value
-            for i, part in enumerate(self.parts)
-            for key, value in part.state_dict().items()
-        }
+        return {f"{i}.{key}": value for i, part in enumerate(self.parts) for key, value in part.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for i, part in enumerate(self.parts):
             mine = f"{i}."
-            part.load_state_dict(
-                {key[len(mine) :]: value for key, value in state.items() if key.startswith(mine)}
-            )
+            part.load_state_dict({key[len(mine) :]: value for key, value in state.items() if key.startswith(mine)})

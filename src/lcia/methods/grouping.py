@@ -33,6 +33,8 @@ class InstructionGroups(Method):
     ) -> None:
         if start not in ("last", "random"):
             raise ValueError(f"start must be last or random, got {start!r}")
+        if isinstance(route_threshold, bool) or not isinstance(route_threshold, int | float):
+            raise ValueError(f"route_threshold must be a number, got {route_threshold!r}")
         self.codebook: Codebook = Codebook(threshold=threshold, reduce=reduce, similarity=similarity)
         self._route_threshold = route_threshold
         self._start = start

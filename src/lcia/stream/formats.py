@@ -298,9 +298,7 @@ def parse_row(record: Any, source: str) -> Draft:
 def _plain(record: dict[str, Any], source: str) -> Draft:
     """The project's own rows and Alpaca's, with LLaMA-Factory's `system` and `history`."""
     if "input" not in record:
-        raise UserError(
-            f'{source}: row without "input" (write "input": "" if the instruction is all there is)'
-        )
+        raise UserError(f'{source}: row without "input" (write "input": "" if the instruction is all there is)')
     images = _images(record, source)
     question = _text(record, "input", source) or ""
     turns = [*_system(record, source), *_history(record, source), ("user", question)]
@@ -371,9 +369,7 @@ def _check_order(turns: list[Turn], key: str, source: str) -> None:
     if "system" in roles[1:]:
         raise UserError(f"{source}: {key!r} may have one system turn, and only as the first")
     if roles[-1] != "assistant":
-        raise UserError(
-            f"{source}: {key!r} ends with a {roles[-1]} turn: no output (the last turn is the answer)"
-        )
+        raise UserError(f"{source}: {key!r} ends with a {roles[-1]} turn: no output (the last turn is the answer)")
     if len(roles) < 2 or roles[-2] != "user":
         raise UserError(f"{source}: {key!r} needs a user turn before the answer: missing input")
 
@@ -419,9 +415,7 @@ def _history(record: dict[str, Any], source: str) -> list[Turn]:
     turns: list[Turn] = []
     history = record.get("history")
     if not isinstance(history, list | None):
-        raise UserError(
-            f"{source}: 'history' must be a list of [question, answer] pairs, not {_kind(history)}"
-        )
+        raise UserError(f"{source}: 'history' must be a list of [question, answer] pairs, not {_kind(history)}")
     for pair in history or []:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise UserError(f"{source}: 'history' must be a list of [question, answer] pairs of texts")
@@ -434,9 +428,7 @@ def _without_markers(turns: list[Turn], images: tuple[str, ...], source: str) ->
     """The turns without `<image>`: the images of a row stand before its text."""
     markers = sum(text.count(IMAGE_MARKER) for _, text in turns)
     if markers not in (0, len(images)):
-        raise UserError(
-            f"{source}: {markers} {IMAGE_MARKER} markers in the text, but {len(images)} images in the row"
-        )
+        raise UserError(f"{source}: {markers} {IMAGE_MARKER} markers in the text, but {len(images)} images in the row")
     return [(role, _strip_markers(text) if IMAGE_MARKER in text else text) for role, text in turns]
 
 
@@ -481,9 +473,7 @@ def _images(record: dict[str, Any], source: str) -> tuple[str, ...]:
     elif isinstance(value, str):
         names = [_encodable(value, key, source)]
     else:
-        raise UserError(
-            f"{source}: {key!r} must be the path of an image file or a list of paths, not {_kind(value)}"
-        )
+        raise UserError(f"{source}: {key!r} must be the path of an image file or a list of paths, not {_kind(value)}")
     if not all(name.strip() for name in names):
         raise UserError(f"{source}: {key!r} is an empty path; leave the key out if the row has no image")
     return tuple(names)

@@ -142,15 +142,11 @@ def _read_dataset(name: str, faults: Faults) -> Iterator[tuple[str, str | None, 
     try:
         loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"data set {name!r} cannot be loaded, from a folder or from the hub: {error}"
-        ) from error
+        raise UserError(f"data set {name!r} cannot be loaded, from a folder or from the hub: {error}") from error
     parts = loaded if isinstance(loaded, Mapping) else {None: loaded}
     for part, rows in parts.items():
         if part is not None and part not in SPLIT_NAMES:
-            raise UserError(
-                f"data set {name!r}: unknown split {part!r}. {did_you_mean(str(part), SPLIT_NAMES)}"
-            )
+            raise UserError(f"data set {name!r}: unknown split {part!r}. {did_you_mean(str(part), SPLIT_NAMES)}")
         label = str(part or "data")
         records = ((f"{name}/{label}:row {n}", n, record) for n, record in enumerate(rows, start=1))
         yield label, None if part is None else SPLIT_NAMES[part], read_records(records, faults)
@@ -178,9 +174,7 @@ def _find_image(name: str, bases: Sequence[tuple[Path, Path]], source: str) -> s
             path = (folder / name).resolve()
             exists = path.is_file()
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{source}: image {name[:60]!r} is not a usable path: {str(error)[:80]}"
-            ) from error
+            raise UserError(f"{source}: image {name[:60]!r} is not a usable path: {str(error)[:80]}") from error
         if exists and path.is_relative_to(base):
             return str(path)
         outside = outside or not path.is_relative_to(base)
@@ -250,9 +244,7 @@ def _split(drafts: list[Draft], task: str, seed: int, notes: list[str]) -> dict[
     stated = [draft for draft in drafts if draft.split is not None]
     if stated and len(stated) < len(drafts):
         missing = next(draft for draft in drafts if draft.split is None)
-        raise UserError(
-            f"{missing.source}: row without split, while {stated[0].source} has one: state all or none"
-        )
+        raise UserError(f"{missing.source}: row without split, while {stated[0].source} has one: state all or none")
     if not stated:
         drafts = _draw_splits(drafts, task, seed)
     splits = {split: [draft for draft in drafts if draft.split == split] for split in SPLITS}
@@ -305,6 +297,4 @@ def _check_letters(drafts: list[Draft], task: str) -> None:
 
 
 def _row(draft: Draft) -> Row:
-    return Row(
-        draft.id or "", draft.instruction or "", draft.turns, draft.outputs, draft.images, draft.source
-    )
+    return Row(draft.id or "", draft.instruction or "", draft.turns, draft.outputs, draft.images, draft.source)

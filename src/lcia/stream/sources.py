@@ -87,9 +87,7 @@ def folder(path: Path) -> Found:
     if _is_saved(path) or (data_files and all(_SPLIT_FILE.fullmatch(entry.stem) for entry in data_files)):
         name = path.resolve().name
         return Found(name, (_task(name, str(path), None),))
-    candidates = data_files + [
-        entry for entry in inside if entry.is_dir() and (_data_files(entry) or _is_saved(entry))
-    ]
+    candidates = data_files + [entry for entry in inside if entry.is_dir() and (_data_files(entry) or _is_saved(entry))]
     if not candidates:
         raise UserError(
             f"{path}: no tasks here. A task is a file {' | '.join('NAME' + suffix for suffix in SUFFIXES)}, "
@@ -109,9 +107,7 @@ def _manifest(path: Path) -> Found:
         content = content["tasks"]
     if isinstance(content, dict):
         if not all(isinstance(entry, dict) for entry in content.values()):
-            raise UserError(
-                f"{file}: an object must give each task's name an object: {{name: {{instruction: ...}}}}"
-            )
+            raise UserError(f"{file}: an object must give each task's name an object: {{name: {{instruction: ...}}}}")
         content = [{"name": name, **entry} for name, entry in content.items()]
     if not isinstance(content, list) or not content:
         raise UserError(f"{file}: must be a list of task names, or of objects with 'task' (or 'name')")
@@ -155,9 +151,7 @@ def _listed(entry: Any, number: int) -> TaskSource:
     """A task of the list in a configuration; its paths are relative to the working directory."""
     where = f"stream[{number}]"
     if not isinstance(entry, Mapping):
-        raise UserError(
-            f"{where} must be {{name, path, instruction?, scorer?, image_folder?}}, not {entry!r}"
-        )
+        raise UserError(f"{where} must be {{name, path, instruction?, scorer?, image_folder?}}, not {entry!r}")
     for key in entry:
         if key not in TASK_KEYS:
             raise UserError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), TASK_KEYS)}")
@@ -211,9 +205,7 @@ def _by_name(name: str, root: Path) -> Path:
     if len(places) > 1:
         raise UserError(f"two tasks named {name!r}: {' and '.join(map(str, places))}; rename or remove one")
     if not places:
-        there = {entry.stem for entry in root.iterdir() if entry.suffix in SUFFIXES or entry.is_dir()} - {
-            "tasks"
-        }
+        there = {entry.stem for entry in root.iterdir() if entry.suffix in SUFFIXES or entry.is_dir()} - {"tasks"}
         hint = did_you_mean(name, there) if there else ""
         raise UserError(f"{root / 'tasks.json'}: no data for the task {name!r} in {root}. {hint}".rstrip())
     return places[0]
@@ -235,9 +227,7 @@ def _task(
     home = place
     if place.is_file():
         if place.suffix not in SUFFIXES:
-            raise UserError(
-                f"task {name!r}: {place} has an unknown ending; understood: {', '.join(SUFFIXES)}"
-            )
+            raise UserError(f"task {name!r}: {place} has an unknown ending; understood: {', '.join(SUFFIXES)}")
         files, home = ((place, None),), place.parent
     elif place.is_dir() and _is_saved(place):
         dataset = str(place)

@@ -45,9 +45,7 @@ class Stream:
 
     name: str
     tasks: tuple[Task, ...]
-    notes: tuple[
-        str, ...
-    ] = ()  # what the loader decided and the user should see (splits drawn, rows skipped)
+    notes: tuple[str, ...] = ()  # what the loader decided and the user should see (splits drawn, rows skipped)
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

@@ -165,9 +165,7 @@ def _render(summary: StreamSummary) -> RenderableType:
             "-" if task.group is None else f"{task.group}{near}",
         )
     # Text, not str: brackets in an instruction are no markup
-    lines = [
-        Text(f"{task.name} ({task.scorer}): {_instructions(task.instructions)}") for task in summary.tasks
-    ]
+    lines = [Text(f"{task.name} ({task.scorer}): {_instructions(task.instructions)}") for task in summary.tasks]
     notes = [Text(f"- {note}") for note in summary.notes]
     headed = [Text("notes", style="bold"), *notes] if notes else []
     return Group(table, Text("instructions (and scorer)", style="bold"), *lines, *headed)
