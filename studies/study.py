@@ -40,11 +40,11 @@ def run_all(study: str, runs: Mapping[str, Mapping[str, Any]], jobs: int = 0) ->
 
 def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """A result that was kept must not pass for one of other settings."""
-    known = {key: found[key] for key in ("seed", "model", "stream") if key in wanted}
-    steps = len(found["tasks"]) if "tasks" not in wanted else len(wanted["tasks"])
-    same = all(wanted[key] == value for key, value in known.items()) and len(found["tasks"]) == steps
-    if not same:
-        raise SystemExit(f"{path} holds a result of other settings than the study's; remove it")
+    differing = [key for key in wanted if key != "method" and key in found and found[key] != wanted[key]]
+    if differing:
+        raise SystemExit(
+            f"{path} holds a result of other settings ({', '.join(differing)}) than the study's; remove it"
+        )
 
 
 def _kept(study: str, name: str) -> Path:
