@@ -16,7 +16,7 @@ faster. Columns of the first table:
 
 `step` of fisher includes observe().
 
-On two cores of a virtual EPYC (1 thread, 36 GB/s copy, torch 2.13): see docs/concepts/dynamic-ema.md.
+Figures of one machine are in docs/concepts/dynamic-ema.md.
 """
 
 from __future__ import annotations

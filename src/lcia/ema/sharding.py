@@ -1,9 +1,9 @@
 """Parameters that are spread over processes: which part is here, and how a sum over all parts is made.
 
 DDP needs nothing: every process holds every weight, and the gradients are averaged before anybody reads them. FSDP2
-holds DTensors: the averages stay sharded, element by element they need no neighbour, and only sums have to travel, all
-of a step in one message. FSDP1 and DeepSpeed ZeRO show an optimizer-independent reader neither whole weights nor whole
-gradients, and under accelerate the ZeRO engine has already cleared the gradients when a callback runs: refused.
+holds DTensors: the averages stay sharded, element by element they need no neighbour, and only sums have to travel, of
+all tensors in one message. FSDP1 and DeepSpeed ZeRO show a reader neither whole weights nor gradients, and under
+accelerate the ZeRO engine has already cleared the gradients when a callback runs: refused.
 """
 
 from __future__ import annotations
