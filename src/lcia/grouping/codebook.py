@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lcia.errors import UserError, did_you_mean
+from lcia.files import write_text
 from lcia.grouping.reduction import REDUCTIONS, Ints, Runs
 from lcia.grouping.similarity import SIMILARITIES
 
@@ -163,7 +164,7 @@ class Codebook:
             "similarity": self.similarity,
             "groups": self.groups,
         }
-        _write_atomically(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        write_text(Path(path), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Codebook:
@@ -257,21 +258,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content["groups"], dict):
         raise UserError(f"{path}: groups: an object {{name: [instructions]}} is needed")
     return content
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader, or a crash, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
