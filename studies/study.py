@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,11 +19,14 @@ from lcia.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_all(study: str, runs: Mapping[str, Mapping[str, Any]], jobs: int = 0) -> dict[str, dict[str, Any]]:
+def run_all(
+    study: str, runs: Mapping[str, Mapping[str, Any]], jobs: int = 0, first_task_of: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Run each configuration that has no result file yet, `jobs` at a time, each in a process of its own.
 
     Run folders lie under runs/studies/STUDY/NAME (not committed); results/STUDY/NAME.json is a run's results.json.
     jobs: 0 = one per CPU core. One thread each: two small models on a core each are faster than one on both.
+    first_task_of: {name: finished run whose first task this one takes over instead of training the same again}.
 
     Returns:
         {name: results}, in the order given.
@@ -30,7 +34,8 @@ def run_all(study: str, runs: Mapping[str, Mapping[str, Any]], jobs: int = 0) ->
     jobs = jobs or int(os.environ.get("LCIA_JOBS", 0)) or os.cpu_count() or 1
     pending = [name for name in runs if not _kept(study, name).is_file()]
     with ThreadPoolExecutor(jobs) as pool:
-        for finished in [pool.submit(_run, study, name, runs[name], jobs) for name in pending]:
+        shared = first_task_of or {}
+        for finished in [pool.submit(_run, study, name, runs[name], jobs, shared.get(name)) for name in pending]:
             finished.result()
     results = {name: json.loads(_kept(study, name).read_text(encoding="utf-8")) for name in runs}
     for name, found in results.items():
@@ -51,8 +56,14 @@ def _kept(study: str, name: str) -> Path:
     return ROOT / "results" / study / f"{name}.json"
 
 
-def _run(study: str, name: str, values: Mapping[str, Any], jobs: int) -> None:
-    folder = ROOT / "runs" / "studies" / study / name
+def run_folder(study: str, name: str) -> Path:
+    return ROOT / "runs" / "studies" / study / name
+
+
+def _run(study: str, name: str, values: Mapping[str, Any], jobs: int, first_task_of: str | None) -> None:
+    folder = run_folder(study, name)
+    if first_task_of is not None and not (folder / "config.yaml").is_file():
+        _branch(run_folder(study, first_task_of), folder, values["method"])
     if (folder / "config.yaml").is_file():
         arguments = ["resume", str(folder)]
     else:
@@ -65,6 +76,21 @@ def _run(study: str, name: str, values: Mapping[str, Any], jobs: int) -> None:
     command = [sys.executable, "-m", "lcia", *arguments, "--json"]
     done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     write_text(_kept(study, name), json.dumps(json.loads(done.stdout), indent=1) + "\n")
+
+
+def _branch(source: Path, target: Path, method: Any) -> None:
+    """A run interrupted after the first task of `source`, to be gone on with by another method.
+
+    Only for methods whose first task is the same training: nothing is averaged before there is something to keep.
+    """
+    lines = [json.loads(line) for line in (source / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+    first = next(line for line in lines if line["event"] == "stage_learned")
+    kept = lines[: next(i for i, line in enumerate(lines) if line["event"] == "row_measured" and line["row"] == 1) + 1]
+    for folder in (f"history/{first['stage']}", "predictions/0", "predictions/1"):
+        shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+    write_text(target / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
+    write_text(target / "config.yaml", yaml.safe_dump({**config, "method": method, "output_dir": str(target)}))
 
 
 def mean_and_spread(values: list[float | None]) -> str:

@@ -19,10 +19,13 @@ ORDER = [
     {"ema"},
     {"methods"},
     {"metrics", "config"},
+    {"checkpoint"},
     {"training"},
     {"evaluation"},
     {"run_folder"},
     {"results"},
+    {"session"},
+    {"learning", "measuring"},
     {"run"},
     {"validate", "doctor"},
     {"answering"},
@@ -77,8 +80,9 @@ def test_nothing_unpickles(path: Path) -> None:
 def test_the_trainer_names_no_method() -> None:
     from lcia.methods import METHODS
 
-    for file in ("training.py", "run.py", "run_folder.py", "results.py", "evaluation.py"):
-        tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
+    files = ["training", "checkpoint", "session", "learning", "measuring", "run", "run_folder", "results", "evaluation"]
+    for file in files:
+        tree = ast.parse((SOURCE / f"{file}.py").read_text(encoding="utf-8"))
         strings = {
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }

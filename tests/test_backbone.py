@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer
-from lcia.backbone import collate, encode_row, find_model, load_backbone
+from lcia.backbone import answer_loss, collate, encode_row, find_model, load_backbone
 from lcia.backbone.chat import IGNORED, render_answer, render_prompt
 from lcia.errors import UserError
 from lcia.stream import Row
-from lcia.training import answer_loss
 
 
 def row(text: str, answer: str) -> Row:

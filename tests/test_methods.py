@@ -16,7 +16,8 @@ from lcia.errors import UserError
 from lcia.methods import METHODS, build_method
 from lcia.methods.base import Combined, Method
 from lcia.progress import Reporter
-from lcia.run import open_run, train
+from lcia.run import train
+from lcia.session import open_run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
 

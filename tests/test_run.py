@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from lcia import run as run_module
+from lcia import learning, measuring
 from lcia.answering import answer_requests, explain_request
 from lcia.errors import UserError
 from lcia.methods import METHODS
 from lcia.progress import Reporter
-from lcia.run import open_run, resume, train
+from lcia.run import resume, train
 from lcia.run_folder import RunFolder
+from lcia.session import open_run
 
 
 def measure(config: Any) -> dict[str, Any]:
@@ -103,9 +104,9 @@ class Killed(Exception):
 
 
 MOMENTS = [
-    (run_module, "learn_task"),
-    (run_module, "evaluate_task"),
-    (RunFolder, "save_stage"),
+    (learning, "learn_task"),
+    (measuring, "evaluate_task"),
+    (RunFolder, "save_snapshot"),
     (RunFolder, "publish"),
     (RunFolder, "confirm"),
 ]

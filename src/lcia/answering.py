@@ -15,9 +15,9 @@ from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
 from lcia.grouping import Codebook, Explanation, Router, explain
 from lcia.methods import build_method
-from lcia.run import load_run_stream, open_run
 from lcia.run_folder import RunFolder
-from lcia.stream import load_stream
+from lcia.session import load_run_stream, open_run
+from lcia.stream import Row, load_stream
 from lcia.validate import planned_groups
 
 
@@ -56,7 +56,7 @@ def answer_requests(
     texts = [user_text(request, instruction) for request, instruction in requests]
     session = open_run(folder)
     tokenizer = session.backbone.tokenizer
-    matches = session.method.route([instruction for _, instruction in texts])
+    matches = session.method.route([Row("", instruction, (("user", text),), ()) for text, instruction in texts])
     limit = max_new_tokens or session.config.max_new_tokens
     decoding = Decoding(limit, batch_size=1, max_length=session.config.max_length)
     answers = []

@@ -34,7 +34,10 @@ _OWNED_ARGUMENTS = frozenset(
         "push_to_hub",
         "remove_unused_columns",
         "resume_from_checkpoint",
+        "save_on_each_node",
+        "save_only_model",
         "save_strategy",
+        "save_total_limit",
         "train_sampling_strategy",
         "use_cpu",
     }
@@ -78,6 +81,7 @@ class RunConfig(BaseModel):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     logging_steps: int = Field(5, ge=1)
+    save_steps: int = Field(100, ge=1)  # a checkpoint inside a task, so that a killed task goes on behind it
 
     def method_parts(self) -> list[tuple[str, dict[str, Any]]]:
         """The method as (name, options) pairs; a list in the configuration composes several."""

@@ -40,14 +40,23 @@ def accuracy_metrics(matrix: Any) -> dict[str, float | None]:
     last = scores[tasks]  # (T,) after the last task
     learned = scores[1:].diagonal()  # (T,) each task when it was new
     ahead = scores.diagonal()[1:]  # (T-1,) tasks 2..T just before they were learned
-    best = [_largest(scores[i + 1 : tasks, i]) for i in range(tasks - 1)]
     return {
         "avg_acc": _mean(last),
-        "forgetting": _mean(top - now for top, now in zip(best, last, strict=False)),
+        "forgetting": _mean(_forgetting(scores)),
         "new_acc": _mean(learned),
         "bwt": _mean(last[:-1] - learned[:-1]),
         "fwt": _mean(ahead),
     }
+
+
+def forgetting_by_task(matrix: Any) -> list[float | None]:
+    """max_{i<=j<=T-1} A[j][i] - A[T][i] for tasks 1..T-1, None where a cell is missing; `accuracy_metrics`' terms."""
+    return [None if np.isnan(term) else term for term in _forgetting(_scores(matrix))]
+
+
+def _forgetting(scores: Scores) -> list[float]:
+    tasks = scores.shape[1]
+    return [_largest(scores[i + 1 : tasks, i]) - float(scores[tasks, i]) for i in range(tasks - 1)]
 
 
 def _scores(matrix: Any) -> Scores:

@@ -25,7 +25,6 @@ def assemble_results(
     placements: Mapping[str, Placement],
     stages: Sequence[Mapping[str, Any]],
     rows: Mapping[int, Mapping[str, Any]],
-    trained_parameters: int,
     sequential: bool,
 ) -> dict[str, Any]:
     """The document.
@@ -34,7 +33,6 @@ def assemble_results(
         began: the ledger's `run_began` line.
         stages: the ledger's `stage_learned` lines.
         rows: matrix row → the ledger's `row_measured` line.
-        trained_parameters: numbers in the pool at the end.
         sequential: the tasks were learned one after another; else only Avg.ACC is defined.
     """
     names = [task.name for task in stream]
@@ -72,12 +70,22 @@ def assemble_results(
             "evaluations_run": sum(record["evaluations_run"] for record in rows.values()),
             "evaluations_reused": sum(record["evaluations_reused"] for record in rows.values()),
             "peak_memory_mib": max(record["peak_memory_mib"] for record in [*stages, *rows.values()]),
-            "trained_parameters": trained_parameters,
+            "trained_parameters": stages[-1]["trained_parameters"] if stages else 0,
+            **_method_cost(stages),
         },
         "versions": began["versions"],
         "machine": began["machine"],
         "date": max(record["at"] for record in [*stages, *rows.values()]),
     }
+
+
+def _method_cost(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Passes are summed over the stages; what is stored is what the last one left."""
+    total: dict[str, float] = {}
+    for record in stages:
+        for key, value in record["method_cost"].items():
+            total[key] = value if key.endswith("_stored") else total.get(key, 0) + value
+    return total
 
 
 def _routing(final: Mapping[str, Any], groups: Mapping[str, str | None]) -> dict[str, Any]:

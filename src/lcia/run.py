@@ -1,78 +1,39 @@
-"""One run: learn the stream stage by stage, keep every state, measure every row of the matrix."""
+"""The life of a run: train, resume, extend, roll back, regroup, measure again. The ledger says how far it is."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-import re
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-from transformers import PreTrainedTokenizerBase
-
-from lcia.adapters import AdapterPool
-from lcia.backbone import Backbone, Encoded, cache_dir, encode_row, load_backbone
+from lcia.backbone import cache_dir, load_backbone
+from lcia.checkpoint import clear_checkpoints
 from lcia.config import RunConfig, load_config
-from lcia.errors import UserError
-from lcia.evaluation import AnswerCache, Decoding, evaluate_task
+from lcia.errors import GateError, UserError
+from lcia.evaluation import AnswerCache
 from lcia.files import write_json, write_text
-from lcia.grouping import Match
-from lcia.methods import Combined, Placement, build_method
+from lcia.learning import learn_stage, model_card
+from lcia.measuring import measure_row
+from lcia.methods import Placement
+from lcia.metrics import accuracy_metrics, forgetting_by_task
 from lcia.progress import Reporter
-from lcia.results import assemble_results, library_versions, machine, method_name, peak_memory_mib
+from lcia.results import assemble_results, library_versions, machine, method_name
 from lcia.run_folder import RunFolder
-from lcia.seeds import stable_seed
-from lcia.stream import Row, Stream, Task, load_stream
-from lcia.training import learn_task
-
-
-@dataclass
-class Session:
-    """A run folder with its model in memory."""
-
-    folder: RunFolder
-    config: RunConfig
-    stream: Stream
-    backbone: Backbone
-    pool: AdapterPool
-    method: Combined
-    placements: dict[str, Placement] = field(default_factory=dict)  # task name → where it was learned
-
-    @property
-    def decoding(self) -> Decoding:
-        config = self.config
-        return Decoding(config.max_new_tokens, config.per_device_eval_batch_size, config.max_length)
-
-
-def load_run_stream(config: RunConfig) -> Stream:
-    """The configuration's stream, its tasks and its limits applied.
-
-    Training rows are a draw that depends on the run's seed; evaluation rows are the same for every seed, and so
-    is the split of data without splits, so that runs can be compared row by row.
-    """
-    stream = load_stream(config.stream, tasks=config.tasks, skip_bad_rows=config.skip_bad_rows)
-    tasks = []
-    for task in stream:
-        train = _draw(task.train, config.max_train_examples, stable_seed(config.seed, task.name, "train"))
-        test = _draw(task.test, config.max_eval_examples, stable_seed(0, task.name, "test"))
-        dev = _draw(task.dev, config.max_eval_examples, stable_seed(0, task.name, "dev"))
-        if config.eval_split == "dev" and not dev:
-            raise UserError(f"task {task.name!r}: eval_split is dev, and its dev split is empty")
-        tasks.append(Task(task.name, task.instructions, train, dev, test, task.scorer))
-    return Stream(stream.name, tuple(tasks), stream.notes)
-
-
-def _draw(rows: tuple[Row, ...], limit: int | None, seed: int) -> tuple[Row, ...]:
-    if limit is None or limit >= len(rows):
-        return rows
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return tuple(rows[i] for i in chosen)
+from lcia.session import (
+    Session,
+    additional_stream,
+    check_lengths,
+    check_target_modules,
+    check_text_only,
+    current_stream,
+    frozen_config,
+    load_run_stream,
+    open_session,
+    require_same_config,
+    rows_sha256,
+)
+from lcia.stream import Stream, Task
 
 
 def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
@@ -86,150 +47,346 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     check_text_only(stream, config.model)
     folder = RunFolder(config.output_dir).require_free()
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-    check_lengths(stream, backbone.tokenizer, config.max_length)
-    _check_target_modules(backbone, config.lora_target_modules)
+    check_lengths(stream.tasks, backbone.tokenizer, config.max_length)
+    check_target_modules(backbone, config.lora_target_modules)
     with folder.lock():
         folder.require_free()  # another process may have begun here while the model was loading
         write_text(folder.config, config.as_yaml())
-        _begin(folder, stream, backbone)
-        return _finish(_open(folder, config, stream, backbone), reporter)
+        _begin(folder, config, stream, backbone.fingerprint)
+        return _finish(open_session(folder, config, stream, backbone), reporter)
 
 
-def _begin(folder: RunFolder, stream: Stream, backbone: Backbone) -> None:
+def _begin(folder: RunFolder, config: RunConfig, stream: Stream, base_sha256: str) -> None:
     """The ledger's first line: on what, and with what, everything that follows was made."""
     folder.confirm(
         "run_began",
+        config=config.model_dump(),
         versions=library_versions(),
         machine=machine(),
-        base_sha256=backbone.fingerprint,
-        data_sha256={task.name: _rows_sha256(task) for task in stream},
+        base_sha256=base_sha256,
+        data_sha256={task.name: rows_sha256(task) for task in stream},
     )
 
 
 def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
-    """Go on with a run that was interrupted; a finished run gives its results again."""
+    """Go on with a run that was interrupted, where it stopped; a finished run gives its results again."""
     folder = RunFolder(path).require_run()
-    config = load_config(folder.config)
     with folder.lock():
-        stream = load_run_stream(config)
-        began = folder.records("run_began")
-        for task in stream:
-            if began and began[0]["data_sha256"].get(task.name) != _rows_sha256(task):
-                raise UserError(
-                    f"{path}: the rows of task {task.name!r} are not those the run began with; restore the data, "
-                    "or start a new run"
-                )
+        config = frozen_config(folder)
+        stream = current_stream(folder, config)
         backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-        if not began:  # interrupted before its first line
-            _begin(folder, stream, backbone)
-        return _finish(_open(folder, config, stream, backbone), reporter)
+        if not folder.records("run_began"):  # interrupted before its first line
+            folder.cut_unconfirmed()
+            _begin(folder, config, stream, backbone.fingerprint)
+        return _finish(open_session(folder, config, stream, backbone), reporter)
 
 
-def open_run(path: Path) -> Session:
-    """A run's model, pool and method as its last finished stage left them, for answering requests."""
+def extend(
+    path: Path, source: str, tasks: list[str] | None, reporter: Reporter, config_file: Path | None = None
+) -> dict[str, Any]:
+    """Learn new tasks behind those of a finished run, as if they had been in its stream from the start.
+
+    Only what is missing of the matrix is measured: the new tasks' cells in the rows that had them ahead, and their
+    own rows.
+
+    Args:
+        source: a data file, a folder, or a built-in stream.
+        tasks: of `source`; None takes all.
+        config_file: a configuration that must be the run's own, but for its stream and output_dir.
+
+    Raises:
+        UserError: the run is not finished, a task's name is taken, the configuration or the data of the old tasks
+            changed, the method learns all tasks at once, or the new data cannot be used.
+    """
     folder = RunFolder(path).require_run()
-    config = load_config(folder.config)
-    backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-    return _open(folder, config, Stream("none", ()), backbone)
-
-
-def check_text_only(stream: Stream, model: str) -> None:
-    """Raises UserError naming the first image row: this model reads text."""
-    for task in stream:
-        for rows in (task.train, task.dev, task.test):
-            for row in rows:
-                if row.images:
-                    raise UserError(f"{row.source}: an image row, and model {model!r} reads text only")
-
-
-def check_lengths(stream: Stream, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Raises UserError before any training for a task of which no row fits."""
-    for task in stream:
-        if not any(len(encode_row(tokenizer, row)) <= max_length for row in task.train):
-            raise UserError(f"task {task.name!r}: no training row fits max_length {max_length}; raise it")
-
-
-def _check_target_modules(backbone: Backbone, targets: str | list[str]) -> None:
-    """Raises UserError for modules that the model does not have; a text is a pattern, as in PEFT."""
-    names = [name for name, _ in backbone.model.named_modules()]
-    if isinstance(targets, str):
-        missing = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if missing:
-        raise UserError(f"key 'lora_target_modules': model {backbone.name} has no module {', '.join(missing)}")
-
-
-def _rows_sha256(task: Task) -> str:
-    """What a task teaches and asks, by content."""
-    rows = [
-        [split, row.id, row.instruction, row.messages, row.outputs, row.images]
-        for split, rows in (("train", task.train), ("dev", task.dev), ("test", task.test))
-        for row in rows
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _open(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbone) -> Session:
-    """Pool, method and placements as the last finished stage left them."""
-    lora = {
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_r,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": config.lora_target_modules,
-    }
-    began = folder.records("run_began")
-    if began and began[0]["base_sha256"] != backbone.fingerprint:
-        raise UserError(
-            f"{folder.path}: the weights of model {config.model} are not those the run began with; its adapters "
-            "belong to the old ones"
+    with folder.lock():
+        config = frozen_config(folder)
+        if config_file is not None:
+            wanted = load_config(config_file).with_absolute_paths()
+            began = folder.records("run_began")[0]["config"]
+            require_same_config(began, wanted, str(config_file), ignored={"stream", "tasks", "output_dir"})
+        stream = current_stream(folder, config)
+        if not _is_finished(folder, stream):
+            raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
+        source = str(Path(source).absolute()) if Path(source).exists() else source
+        added = additional_stream(config, source, tasks)
+        taken = {task.name for task in stream} & {task.name for task in added}
+        if taken:
+            raise UserError(f"{path}: task {min(taken)!r} was learned already; a new task needs a name of its own")
+        check_text_only(added, config.model)
+        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        check_lengths(added.tasks, backbone.tokenizer, config.max_length)
+        session = open_session(folder, config, stream, backbone)
+        if stream.tasks and len(session.method.schedule(stream.tasks)) == 1 < len(stream):
+            raise UserError(f"{path}: method {method_name(config)} learns all tasks at once; start a new run")
+        session.stream = Stream(stream.name, (*stream.tasks, *added.tasks), (*stream.notes, *added.notes))
+        folder.confirm(
+            "extended",
+            source=source,
+            tasks=[task.name for task in added],
+            data_sha256={task.name: rows_sha256(task) for task in added},
+            versions=library_versions(),
         )
-    pool = AdapterPool(backbone.model, lora, config.model, config.seed)
-    method = build_method(config.method_parts())
-    method.attach(pool)
-    session = Session(folder, config, stream, backbone, pool, method)
-    learned = folder.records("stage_learned")
-    for record in learned:
-        for task, placement in record["placements"].items():
-            session.placements[task] = Placement(**placement)
-    if learned:
-        folder.load_stage(learned[-1], pool, method)
-    return session
+        return _finish(session, reporter)
+
+
+def rollback(path: Path, to: str, reporter: Reporter) -> dict[str, Any]:
+    """Back to the state after task `to`: what was learned behind it is no longer part of the run.
+
+    Raises:
+        UserError: `to` was not learned, or not as a stage of its own.
+    """
+    folder = RunFolder(path).require_run()
+    with folder.lock():
+        config = frozen_config(folder)
+        stages = [
+            record["stage"] for record in folder.records("stage_learned") if record["stage"] in record["placements"]
+        ]
+        if to not in stages:
+            raise UserError(f"{path}: no task {to!r} to go back to; learned one by one: {', '.join(stages) or 'none'}")
+        clear_checkpoints(folder.state)
+        folder.cut_unconfirmed()
+        folder.confirm("rolled_back", to=to)
+        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        return _finish(open_session(folder, config, current_stream(folder, config), backbone), reporter)
+
+
+def regroup(
+    path: Path,
+    action: Literal["rename", "merge", "split"],
+    group: str,
+    other: str,
+    reason: str,
+    reporter: Reporter,
+    tasks: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Change groups by hand; the reason goes into the ledger, and the last row is measured again.
+
+    rename: `group` is called `other`. merge: the requests of `group` go to the weights of `other`, its own are
+    dropped. split: `tasks` leave `group` for a new group `other`, which starts as a copy of its weights.
+
+    Raises:
+        UserError: the run is not finished, its method has no groups, or the names do not fit.
+    """
+    folder = RunFolder(path).require_run()
+    if not reason.strip():
+        raise UserError("a reason is needed: it goes into the ledger, for whoever reads it in a year")
+    with folder.lock():
+        config = frozen_config(folder)
+        stream = current_stream(folder, config)
+        if not _is_finished(folder, stream):
+            raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
+        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        session = open_session(folder, config, stream, backbone)
+        codebook, pool = session.method.codebook, session.pool
+        if codebook is None:
+            raise UserError(f"{path}: method {method_name(config)} has no groups")
+        if group not in codebook.groups:
+            raise UserError(f"{path}: no group {group!r}; groups: {', '.join(codebook.groups)}")
+        if (other in codebook.groups) != (action == "merge"):
+            problem = f"no group {other!r} to merge into" if action == "merge" else f"a group {other!r} exists already"
+            raise UserError(f"{path}: {problem}; groups: {', '.join(codebook.groups)}")
+        moved = [name for name, placement in session.placements.items() if placement.adapter == group]
+        origin = {name: name for name in pool.names}  # adapter → whose weights and state it has
+        if action == "rename":
+            codebook.rename(group, other)
+            origin[other] = origin.pop(group)
+        elif action == "merge":
+            codebook.merge(group, other)
+            del origin[group]
+        else:
+            wrong = [name for name in tasks if name not in moved]
+            if wrong or not tasks or len(tasks) == len(moved):
+                raise UserError(f"{path}: split needs some, not all, of the tasks of {group!r}: {', '.join(moved)}")
+            members, moved = moved, list(tasks)
+            texts = {task.name: set(task.instructions) for task in stream}
+            leaving = set().union(*(texts[name] for name in moved))
+            staying = set().union(*(texts[name] for name in members if name not in moved))
+            if leaving & staying:
+                raise UserError(
+                    f"{path}: the instruction {min(leaving & staying)!r} belongs to tasks on both sides; requests with "
+                    "it could not be told apart"
+                )
+            codebook.split(group, other, [text for text in codebook.groups[group] if text in leaving])
+            origin[other] = group
+        for name, source in origin.items():
+            if name not in pool.names:
+                pool.add(name, start=source)
+        for name in [name for name in pool.names if name not in origin]:
+            pool.remove(name)
+        session.method.adapters_changed(origin)
+        for name in moved:
+            session.placements[name] = Placement(other, is_new=False)
+        count = len(folder.records("groups_changed")) + 1
+        stage = f"{stream[len(stream) - 1].name}.groups-{count}"
+        files = folder.save_snapshot(stage, pool, session.method, lambda name: model_card(session, name))
+        folder.confirm(
+            "groups_changed",
+            stage=stage,
+            action=action,
+            group=group,
+            other=other,
+            tasks=moved,
+            reason=reason,
+            placements={name: vars(session.placements[name]) for name in moved},
+            sha256={name: pool.sha256(name) for name in pool.names},
+            files=files,
+        )
+        return _finish(session, reporter)
+
+
+def measure_again(
+    path: Path,
+    reporter: Reporter,
+    split: str = "test",
+    source: str | None = None,
+    tasks: list[str] | None = None,
+    all_rows: bool = False,
+    recompute: bool = False,
+) -> dict[str, Any]:
+    """Measure a finished run again: on another split, on other data, with the weights of every stage, or from scratch.
+
+    Args:
+        split: test | dev.
+        source: other data, a file, a folder or a built-in stream; None: the run's own tasks.
+        tasks: of `source`, or of the run.
+        all_rows: every row of the matrix, each with the weights the run had then; else the last one.
+        recompute: reuse no prediction that was made before.
+
+    Returns:
+        {split, source, tasks, matrix, metrics, rows}; it is kept as evaluations/NAME.json, predictions beside it.
+
+    Raises:
+        UserError: the run is not finished, or the data cannot be used.
+    """
+    folder = RunFolder(path).require_run()
+    config = frozen_config(folder)
+    stream = current_stream(folder, config)
+    if not _is_finished(folder, stream):
+        raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
+    if source is not None and all_rows:
+        raise UserError("eval: rows of the matrix are defined for the run's own tasks; leave out --all-rows or --data")
+    asked = list(additional_stream(config, source, tasks) if source is not None else stream)
+    if source is None and tasks is not None:
+        unknown = sorted(set(tasks) - {task.name for task in asked})
+        if unknown:
+            raise UserError(f"{path}: no task {unknown[0]!r}; its tasks: {', '.join(task.name for task in asked)}")
+        asked = [task for task in asked if task.name in tasks]
+    for task in asked:
+        if not (task.dev if split == "dev" else task.test):
+            raise UserError(f"task {task.name!r}: its {split} split is empty")
+    check_text_only(Stream("asked", tuple(asked)), config.model)
+    session = open_session(
+        folder, config, stream, load_backbone(config.model, config.dtype, config.attn_implementation)
+    )
+    plan = _stages(session)
+    name = split if source is None else f"{Path(source).stem}-{split}"
+    target = folder.path / "evaluations" / name
+    measured = []
+    with tempfile.TemporaryDirectory() as fresh:
+        cache = AnswerCache(Path(fresh) if recompute else cache_dir() / "answers", session.engine())
+        snapshots = folder.records("stage_learned")
+        for number, (row, _) in enumerate(plan):
+            last = number == len(plan) - 1
+            if not (last or all_rows):
+                continue
+            if not last:
+                session.go_to(snapshots[number - 1] if number else None)
+            else:
+                session.go_to(folder.snapshots()[-1] if folder.snapshots() else None)
+            seen = asked if last or row == 0 else [task for task in asked if task in stream.tasks[: row + 1]]
+            measured.append(measure_row(session, cache, row, seen, split, target, reporter, with_oracle=last))
+            reporter.row(row, measured[-1]["scores"])
+    names = [task.name for task in asked]
+    by_row = {record["row"]: record for record in measured}
+    result: dict[str, Any] = {"run": str(path), "split": split, "source": source, "tasks": names, "rows": measured}
+    if source is None and tasks is None:
+        rows = range(len(names) + 1)
+        matrix = [[by_row[j]["scores"].get(name) if j in by_row else None for name in names] for j in rows]
+        result |= {"matrix": matrix, "metrics": accuracy_metrics(matrix)}
+    else:
+        scores = measured[-1]["scores"]
+        result["metrics"] = {"avg_acc": sum(scores.values()) / len(scores)}
+    write_json(target.with_suffix(".json"), result)
+    return result
+
+
+def require_little_forgetting(results: Mapping[str, Any], limit: float, per_task: bool) -> None:
+    """The gate: forgetting, in points, within its budget.
+
+    Args:
+        per_task: every task must be within it; else their mean.
+
+    Raises:
+        GateError: naming the tasks over the budget, worst first.
+        UserError: nothing can be forgotten yet.
+    """
+    forgotten = {
+        task: value
+        for task, value in zip(results["tasks"], forgetting_by_task(results["matrix"]), strict=False)
+        if value is not None
+    }
+    mean = results["metrics"]["forgetting"]
+    if mean is None:
+        raise UserError("--max-forgetting: this run has no forgetting to measure (one task, or no order of tasks)")
+    over = sorted((task for task, value in forgotten.items() if value > limit), key=lambda task: -forgotten[task])
+    if over if per_task else mean > limit:
+        tasks = ", ".join(f"{task} {forgotten[task]:.1f}" for task in over)
+        what = "tasks over it" if per_task else f"mean {mean:.1f}; tasks over it"
+        raise GateError(f"forgetting over the budget of {limit:g} points: {what}: {tasks or 'none alone'}")
+
+
+def _is_finished(folder: RunFolder, stream: Stream) -> bool:
+    rows = folder.rows()
+    return len(stream) in rows and set(rows[len(stream)]["scores"]) >= {task.name for task in stream}
+
+
+def _stages(session: Session) -> list[tuple[int, tuple[Task, ...]]]:
+    """(row of the matrix, what is learned before it is measured), row 0 first."""
+    tasks = list(session.stream)
+    stages = session.method.schedule(tasks)
+    plan: list[tuple[int, tuple[Task, ...]]] = [(0, ())]
+    plan += [(i if _is_sequential(session) else len(tasks), stage) for i, stage in enumerate(stages, start=1)]
+    if not stages:
+        plan.append((len(tasks), ()))  # nothing is trained: the last row is the base model's too
+    return plan
+
+
+def _is_sequential(session: Session) -> bool:
+    tasks = list(session.stream)
+    return session.method.schedule(tasks) == [(task,) for task in tasks]
 
 
 def _finish(session: Session, reporter: Reporter) -> dict[str, Any]:
-    """Do what the ledger does not yet hold: learn each stage, measure each row, write the results."""
+    """Do what the ledger does not yet hold: learn each stage, measure each cell, write the results."""
     config, folder, tasks = session.config, session.folder, list(session.stream)
-    folder.cut_unconfirmed()
-    learned = folder.records("stage_learned")
-    if learned:
-        folder.publish(learned[-1]["stage"])
-    rows = {record["row"]: record for record in folder.records("row_measured")}
+    folder.tidy()
+    rows = folder.rows()
     title = f"{method_name(config)} · {config.model} · {len(tasks)} tasks → {folder.path}"
     reporter.start_run(title, [task.name for task in tasks])
-    for note in session.stream.notes:
+    for note in [*session.stream.notes, *_drifted_versions(folder)]:
         reporter.done(f"  note: {note}")
     for row in sorted(rows):
         reporter.row(row, rows[row]["scores"])
 
-    cache = AnswerCache(cache_dir() / "answers", f"{session.backbone.fingerprint}/{_engine(session)}")
-    stages = session.method.schedule(tasks)
-    sequential = stages == [(task,) for task in tasks]
-    # (row of the matrix, what is learned before it is measured)
-    plan: list[tuple[int, tuple[Task, ...]]] = [(0, ())]
-    plan += [(i if sequential else len(tasks), stage) for i, stage in enumerate(stages, start=1)]
-    if not stages:
-        plan.append((len(tasks), ()))  # nothing is trained: the last row is the base model's too
-    finished = len(learned)
-    for row, stage in plan:
+    cache = AnswerCache(cache_dir() / "answers", session.engine())
+    finished = len(folder.records("stage_learned"))
+    for row, stage in _stages(session):
         if stage and finished:
             finished -= 1
         elif stage:
-            _learn_stage(session, stage, reporter)
-        if row not in rows:
-            # After task j the next one is measured too: how well it goes untaught is forward transfer.
-            seen = tasks if row == 0 else tasks[: row + 1]
-            rows[row] = _measure_row(session, cache, row, seen, reporter)
+            learn_stage(session, stage, reporter)
+        # After task j the next one is measured too: how well it goes untaught is forward transfer.
+        seen = tasks if row == 0 else tasks[: row + 1]
+        measured = rows[row]["scores"] if row in rows else {}
+        missing = [task for task in seen if task.name not in measured]
+        if missing:
+            split, target = config.eval_split, folder.path / "predictions"
+            is_last = row == len(tasks)
+            facts = measure_row(session, cache, row, missing, split, target, reporter, with_oracle=is_last)
+            folder.confirm("row_measured", **facts)
+            rows = folder.rows()
+            reporter.row(row, rows[row]["scores"])
 
     results = assemble_results(
         folder.records("run_began")[0],
@@ -238,163 +395,14 @@ def _finish(session: Session, reporter: Reporter) -> dict[str, Any]:
         session.placements,
         folder.records("stage_learned"),
         rows,
-        sum(weights.numel() for name in session.pool.names for weights in session.pool.parameters(name).values()),
-        sequential,
+        _is_sequential(session),
     )
     write_json(folder.path / "results.json", results)
     return results
 
 
-def _learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> None:
-    """Learn one stage (usually one task), snapshot everything, then confirm it in the ledger."""
-    config, method, pool, folder = session.config, session.method, session.pool, session.folder
-    task = stage[0] if len(stage) == 1 else _joined(stage)
-    placement = method.open_task(task)
-    if placement.is_new:
-        pool.add(placement.adapter, start=placement.start)
-    untouched = {name: pool.sha256(name) for name in pool.names if name != placement.adapter}
-    pool.train_only(placement.adapter)
-    rows, left_out = _encode(session, method.feed(task.train))
-    if left_out:
-        reporter.done(f"  {task.name}: {left_out} training rows exceed max_length {config.max_length}, left out")
-    arguments = config.training_arguments()
-    if config.max_steps > 0:
-        arguments["max_steps"] = config.max_steps * len(stage)
-    folder.forget_log_of(task.name)
-    steps: dict[int, dict[str, Any]] = {}  # what several events tell of one step becomes one line
-
-    def log(record: dict[str, Any]) -> None:
-        steps.setdefault(record["step"], {}).update(record)
-        reporter.training_step(record)
-
-    reporter.start(f"learning {task.name}", total=None)
-    seconds = learn_task(
-        pool.model,
-        method,
-        task,
-        placement,
-        rows,
-        pad_id=session.backbone.pad_id,
-        arguments=arguments,
-        output_dir=folder.path / "state",
-        seed=stable_seed(config.seed, task.name, "order"),
-        log=log,
-    )
-    method.close_task(task)
-    for name, before in untouched.items():
-        if pool.sha256(name) != before:
-            raise RuntimeError(f"learning {task.name!r} changed the adapter {name!r}; nothing was saved")
-    with folder.training_log.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in steps.values())
-    for learned in stage:
-        session.placements[learned.name] = placement
-    files = folder.save_stage(task.name, pool, method, lambda group: _model_card(session, group))
-    folder.confirm(
-        "stage_learned",
-        stage=task.name,
-        placements={learned.name: vars(placement) for learned in stage},
-        sha256={name: pool.sha256(name) for name in pool.names},
-        files=files,
-        ema=method.report(),
-        train_s=seconds,
-        left_out=left_out,
-        peak_memory_mib=peak_memory_mib(),
-    )
-    folder.publish(task.name)
-
-
-def _measure_row(
-    session: Session, cache: AnswerCache, row: int, tasks: Sequence[Task], reporter: Reporter
-) -> dict[str, Any]:
-    """Route, answer and score every row of `tasks`; confirm the row of the matrix in the ledger."""
-    on_dev = session.config.eval_split == "dev"
-    chosen = {task.name: task.dev if on_dev else task.test for task in tasks}
-    reporter.start(f"measuring row {row}", total=sum(map(len, chosen.values())))
-    started, run_before, reused_before = time.monotonic(), cache.run, cache.reused
-    scores: dict[str, float] = {}
-    routing: dict[str, dict[str, int]] = {}
-    oracle: dict[str, float] = {}
-    too_long: dict[str, int] = {}
-    for task in tasks:
-        rows = chosen[task.name]
-        matches = session.method.route([item.instruction for item in rows])
-        result = _evaluate(session, cache, task, rows, matches, reporter)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
-        write_text(session.folder.path / "predictions" / str(row) / f"{task.name}.jsonl", lines)
-        scores[task.name] = result.score
-        if result.too_long:
-            too_long[task.name] = result.too_long
-            reporter.done(f"  {task.name}: {result.too_long} prompts do not fit max_length; counted as wrong")
-        counts = routing[task.name] = {}
-        for match in matches:
-            counts[match.group or ""] = counts.get(match.group or "", 0) + 1
-        placement = session.placements.get(task.name)
-        if row == len(session.stream) and placement is not None and set(counts) != {placement.adapter}:
-            perfect = [Match(placement.adapter, 1.0, {})] * len(rows)
-            oracle[task.name] = _evaluate(session, cache, task, rows, perfect, reporter).score
-        else:
-            oracle[task.name] = result.score
-    reporter.row(row, scores)
-    return session.folder.confirm(
-        "row_measured",
-        row=row,
-        scores=scores,
-        routing=routing,
-        oracle=oracle,
-        too_long=too_long,
-        eval_s=time.monotonic() - started,
-        evaluations_run=cache.run - run_before,
-        evaluations_reused=cache.reused - reused_before,
-        peak_memory_mib=peak_memory_mib(),
-    )
-
-
-def _evaluate(
-    session: Session,
-    cache: AnswerCache,
-    task: Task,
-    rows: Sequence[Row],
-    matches: Sequence[Match],
-    reporter: Reporter,
-) -> Any:
-    tokenizer = session.backbone.tokenizer
-    return evaluate_task(session.pool, tokenizer, task, rows, matches, cache, session.decoding, reporter.advance)
-
-
-def _encode(session: Session, rows: Sequence[Row]) -> tuple[list[Encoded], int]:
-    """Token ids of the rows that fit, and how many do not."""
-    encoded = [encode_row(session.backbone.tokenizer, row) for row in rows]
-    fitting = [row for row in encoded if len(row) <= session.config.max_length]
-    return fitting, len(encoded) - len(fitting)
-
-
-def _joined(stage: Sequence[Task]) -> Task:
-    """Several tasks as one, for methods that learn them together."""
-    instructions = tuple(dict.fromkeys(text for task in stage for text in task.instructions))
-    return Task("all", instructions, tuple(row for task in stage for row in task.train), (), (), stage[0].scorer)
-
-
-def _model_card(session: Session, group: str) -> str:
-    tasks = [name for name, placement in session.placements.items() if placement.adapter == group]
-    method = yaml.safe_dump(session.config.method, default_flow_style=True).partition("\n")[0]
-    return (
-        f"---\nbase_model: {session.config.model}\nlibrary_name: peft\n---\n\n# {group}\n\n"
-        f"LoRA adapter of one instruction group, trained by lcia {version('lcia')}.\n\n"
-        f"- base model: {session.config.model}\n- tasks learned, in order: {', '.join(tasks)}\n- method: {method}\n"
-        f"- seed: {session.config.seed}\n"
-    )
-
-
-def _engine(session: Session) -> str:
-    """What beside the weights' and the prompts' content can change a prediction, down to its last digits."""
-    model, tokenizer = session.backbone.model, session.backbone.tokenizer
-    facts = {
-        "config": {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"},
-        "attention": model.config._attn_implementation,
-        "generation": model.generation_config.to_dict(),
-        "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab()),
-        "lora_alpha": session.config.lora_alpha,
-        "versions": library_versions(),
-        "machine": machine(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+def _drifted_versions(folder: RunFolder) -> list[str]:
+    """Libraries that changed since the run began: numbers may differ in their last digits."""
+    began, now = folder.records("run_began")[0]["versions"], library_versions()
+    changed = [f"{name} {began.get(name)} → {now[name]}" for name in now if began.get(name) != now[name]]
+    return [f"other library versions than when the run began: {', '.join(changed)}"] if changed else []

@@ -5,9 +5,11 @@
       ledger.jsonl       append-only: what is finished
       history/STAGE/     everything after a stage: GROUP/ adapters (hard links where nothing changed),
                          codebook.json (methods with groups), method.safetensors, method.json
+      state/             checkpoints of the task in progress
       pool/GROUP/        the adapters of the last stage
       codebook.json      the codebook of the last stage
       predictions/ROW/TASK.jsonl
+      evaluations/       what `lcia eval` measured later
       training_log.jsonl
       results.json
 
@@ -47,6 +49,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.training_log = self.path / "training_log.jsonl"
+        self.state = self.path / "state"
         self._ledger = self.path / "ledger.jsonl"
         self._history = self.path / "history"
 
@@ -82,24 +85,58 @@ class RunFolder:
 
     # --- the ledger
 
-    def records(self, event: str) -> list[dict[str, Any]]:
-        """The ledger's lines of one event, oldest first. A last line cut by a crash was never confirmed.
+    def records(self, *events: str) -> list[dict[str, Any]]:
+        """The ledger's lines of these events, oldest first, without what was rolled back.
+
+        A last line cut by a crash was never confirmed.
 
         Raises:
             UserError: another line than the last is damaged.
         """
-        text = self._ledger.read_text(encoding="utf-8") if self._ledger.is_file() else ""
-        found = []
+        return [record for record in self._effective() if record["event"] in events]
+
+    def _effective(self) -> list[dict[str, Any]]:
+        text = self._ledger.read_text(encoding="utf-8", errors="replace") if self._ledger.is_file() else ""
+        found: list[dict[str, Any]] = []
         for number, line in enumerate(text.split("\n")[:-1], start=1):  # behind the last newline: empty, or cut
             try:
                 record = json.loads(line)
-            except ValueError:
+                event = record["event"]
+            except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self._ledger}, line {number}: damaged; restore the file or start a new run"
                 ) from None
-            if record["event"] == event:
-                found.append(record)
+            if event == "rolled_back":
+                stages = [i for i, earlier in enumerate(found) if earlier.get("stage") == record["to"]]
+                end = stages[-1] + 1
+                while end < len(found) and found[end]["event"] == "row_measured":
+                    end += 1
+                found = found[:end]
+            found.append(record)
         return found
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """The lines that have a folder in history/, oldest first."""
+        return self.records("stage_learned", "groups_changed")
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """The measured rows of the matrix: several lines of one row are its cells, measured at different times.
+
+        A change of the groups by hand makes the last row a thing of the past.
+        """
+        rows: dict[int, dict[str, Any]] = {}
+        for record in self.records("row_measured", "groups_changed"):
+            if record["event"] == "groups_changed":
+                del rows[max(rows)]
+                continue
+            row = rows.setdefault(record["row"], {"row": record["row"]})
+            for key in ("scores", "routing", "oracle", "too_long"):
+                row[key] = {**row.get(key, {}), **record[key]}
+            for key in ("eval_s", "evaluations_run", "evaluations_reused"):
+                row[key] = row.get(key, 0) + record[key]
+            row["peak_memory_mib"] = max(row.get("peak_memory_mib", 0.0), record["peak_memory_mib"])
+            row["at"] = record["at"]
+        return rows
 
     def confirm(self, event: str, **facts: Any) -> dict[str, Any]:
         """Append a line: from now on this is finished."""
@@ -113,6 +150,22 @@ class RunFolder:
         if text and not text.endswith("\n"):
             write_text(self._ledger, text[: text.rfind("\n") + 1])
 
+    def tidy(self) -> None:
+        """Remove what no line of the ledger names, and let pool/ show the last snapshot."""
+        self.cut_unconfirmed()
+        snapshots = self.snapshots()
+        known = {record["stage"] for record in snapshots}
+        if self._history.is_dir():
+            for folder in self._history.iterdir():
+                if folder.name not in known:
+                    shutil.rmtree(folder)
+        if snapshots:
+            self.publish(snapshots[-1]["stage"])
+        learned = len(self.records("stage_learned"))
+        for folder in (self.path / "predictions").glob("*"):
+            if folder.name.isdigit() and int(folder.name) > max(learned, *self.rows(), 0):
+                shutil.rmtree(folder)
+
     def forget_log_of(self, task: str) -> None:
         """Remove the training log of a task that was interrupted."""
         if self.training_log.is_file():
@@ -123,18 +176,18 @@ class RunFolder:
 
     # --- snapshots
 
-    def save_stage(
+    def save_snapshot(
         self, stage: str, pool: AdapterPool, method: Combined, model_card: Callable[[str], str]
     ) -> dict[str, str]:
         """Write history/STAGE, complete or not at all.
 
-        Adapters that did not change are hard links into the stage before. Returns {file: sha256}.
+        Adapters that did not change are hard links into the snapshot before. Returns {file: sha256}.
         """
         final, partial = self._history / stage, self._history / f".{stage}.part"
         for leftover in (final, partial):  # of an attempt that the ledger does not know
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-        before = self.records("stage_learned")
+        before = self.snapshots()
         unchanged = before[-1]["sha256"] if before else {}
         for name in pool.names:
             if unchanged.get(name) == pool.sha256(name):
@@ -166,8 +219,8 @@ class RunFolder:
         if (source / "codebook.json").is_file():
             write_text(self.path / "codebook.json", (source / "codebook.json").read_text(encoding="utf-8"))
 
-    def load_stage(self, record: Mapping[str, Any], pool: AdapterPool, method: Combined) -> None:
-        """Load what `save_stage` wrote, each file checked against the hash in its ledger line.
+    def load_snapshot(self, record: Mapping[str, Any], pool: AdapterPool, method: Combined) -> None:
+        """Load what `save_snapshot` wrote, each file checked against the hash in its ledger line.
 
         Raises:
             UserError: a file is missing or was altered.

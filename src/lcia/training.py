@@ -4,60 +4,74 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lcia.backbone import Encoded, collate
-from lcia.backbone.chat import IGNORED
+from lcia.backbone import Encoded, answer_loss, collate
+from lcia.checkpoint import Checkpoint, load_trained, mark_complete, save_trained
 from lcia.methods import Method, Placement, Training
-from lcia.stream import Task
+from lcia.stream import Row, Task
 
 LogFunction = Callable[[dict[str, Any]], None]  # one dict per optimizer step
 
 
-def answer_loss(
-    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], num_items: torch.Tensor | int
-) -> torch.Tensor:
-    """Cross entropy of the answer tokens, summed and divided by the answer tokens of the whole optimizer step.
+@dataclass(frozen=True)
+class Learned:
+    """One task was learned."""
 
-    Logits are computed for the right edge only: prompt positions have no loss, and the vocabulary
-    projection is a large part of a small model's step.
-    """
-    labels = batch["labels"]  # (B, A)
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        logits_to_keep=labels.shape[1],
-        use_cache=False,
-    ).logits  # (B, A, V)
-    targets = labels[:, 1:]
-    kept = targets != IGNORED
-    return cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="sum") / num_items
+    seconds: float  # of training, what an interrupted attempt took included
+    log: list[dict[str, Any]]  # one record per optimizer step
 
 
 class _Moments(TrainerCallback):
-    """Passes the Trainer's events on to the method."""
+    """Passes the Trainer's events on to the method, and keeps the log and the checkpoints of one task."""
 
-    def __init__(self, method: Method, task: Task, placement: Placement, log: LogFunction) -> None:
+    def __init__(
+        self,
+        method: Method,
+        task: Task,
+        placement: Placement,
+        rows: Sequence[Row],
+        checkpoint: Checkpoint | None,
+        on_record: LogFunction,
+    ) -> None:
         self._method = method
         self._task = task
         self._placement = placement
-        self._log = log
-        self._last: dict[str, float] = {}
+        self._rows = rows
+        self._checkpoint = checkpoint
+        self._on_record = on_record
+        # what several events tell of one step becomes one record
+        self.log = {record["step"]: record for record in (checkpoint.log if checkpoint else [])}
+        self.seconds_before = checkpoint.seconds if checkpoint else 0.0
+        self._steps_before = checkpoint.step if checkpoint else 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         per_gradient = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self._method.begin(
-            Training(self._task, self._placement, trained, model, optimizer, state.max_steps, per_gradient)
+            Training(
+                self._task,
+                self._placement,
+                self._rows,
+                self._trained,
+                model,
+                optimizer,
+                state.max_steps,
+                per_gradient,
+                state.global_step,
+            )
         )
+        if self._checkpoint is not None:
+            # Only now: a method's `begin` sees the weights before the task, whenever the task was interrupted.
+            load_trained(self._checkpoint.folder, self._trained)
+            self._method.load_progress(self._checkpoint.folder)
         self._started, self._rows_per_step = time.monotonic(), per_gradient
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -65,30 +79,41 @@ class _Moments(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A gradient scaler skips steps whose gradients overflowed: the weights did not move.
-        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+        if getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self._method.skipped_step()
+        else:
             self._method.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done = max(state.global_step, 1)
+        done = max(state.global_step - self._steps_before, 1)
         seconds = time.monotonic() - self._started
-        self._log(
-            {
-                "task": self._task.name,
-                "step": state.global_step,
-                "total_steps": state.max_steps,
-                "examples_per_s": done * self._rows_per_step / max(seconds, 1e-9),
-                **self._last,
-            }
+        self._record(
+            state,
+            total_steps=state.max_steps,
+            examples_per_s=done * self._rows_per_step / max(seconds, 1e-9),
         )
-        self._last = {}
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the finished task is kept elsewhere
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            values: dict[str, Any] = {
-                key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs
-            }
-            record: dict[str, Any] = {"task": self._task.name, "step": state.global_step}
-            self._log({**record, **values, **self._method.log()})
+            values = {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self._record(state, **values, **self._method.log())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._method.save_progress(folder)
+        if args.should_save:
+            mark_complete(folder, self._task.name, state.global_step, self.seconds, list(self.log.values()))
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self._started
+
+    def _record(self, state: Any, **values: Any) -> None:
+        record = {"task": self._task.name, "step": state.global_step, **values}
+        self.log.setdefault(state.global_step, {}).update(record)
+        self._on_record(record)
 
 
 class TaskTrainer(Trainer):
@@ -111,6 +136,15 @@ class TaskTrainer(Trainer):
             loss = loss + penalty / self.current_gradient_accumulation_steps
         return loss
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The trained weights alone: the base model and other adapters do not change, and lie elsewhere."""
+        assert output_dir is not None
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        save_trained(Path(output_dir), trained)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing yet: `_Moments` loads the weights when the method has seen those before the task."""
+
     def _clip_grad_norm(self, model: Any) -> Any:
         self.accelerator.unscale_gradients()
         self._method.see_grads()
@@ -127,17 +161,21 @@ def learn_task(
     method: Method,
     task: Task,
     placement: Placement,
-    rows: Sequence[Encoded],
+    rows: Sequence[tuple[Row, Encoded]],
     pad_id: int,
     arguments: Mapping[str, Any],
-    output_dir: Path,
+    state_folder: Path,
+    checkpoint: Checkpoint | None,
     seed: int,
-    log: LogFunction,
-) -> float:
+    on_record: LogFunction,
+) -> Learned:
     """Train the weights that require gradients on `rows`; the method sees every step.
 
-    Returns:
-        The seconds the training took.
+    Args:
+        arguments: of transformers.TrainingArguments.
+        state_folder: where checkpoints go while the task is learned.
+        checkpoint: go on behind this one instead of beginning.
+        on_record: is told of every step and of every logged loss.
 
     Raises:
         RuntimeError: a trained weight is not finite at the end.
@@ -145,9 +183,9 @@ def learn_task(
     settings = TrainingArguments(
         **{
             **arguments,
-            "output_dir": str(output_dir),
+            "output_dir": str(state_folder),
             "seed": seed,
-            "save_strategy": "no",
+            "save_strategy": "steps",
             "report_to": arguments.get("report_to", "none"),
             "disable_tqdm": True,
             "logging_nan_inf_filter": False,  # it would hide a diverged loss
@@ -155,20 +193,20 @@ def learn_task(
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
     )
+    moments = _Moments(method, task, placement, [row for row, _ in rows], checkpoint, on_record)
     trainer = TaskTrainer(
         model=model,
         args=settings,
-        train_dataset=list(rows),
+        train_dataset=[encoded for _, encoded in rows],
         data_collator=lambda batch: collate(batch, pad_id),
-        callbacks=[_Moments(method, task, placement, log)],
+        callbacks=[moments],
         method=method,
     )
     trainer.remove_callback(PrinterCallback)  # results go to stdout, and this is not one
-    started = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - started
+    trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint is not None else None)
+    seconds = moments.seconds
     model.eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise RuntimeError(f"task {task.name!r}: {name} is not finite after training; lower learning_rate")
-    return seconds
+    return Learned(seconds, list(moments.log.values()))

@@ -9,7 +9,7 @@ from lcia.backbone.loading import find_model, load_tokenizer
 from lcia.config import RunConfig
 from lcia.grouping import Codebook
 from lcia.methods import build_method
-from lcia.run import check_lengths, check_text_only, load_run_stream
+from lcia.session import check_lengths, check_text_only, load_run_stream
 from lcia.stream import Stream, StreamSummary, describe, load_stream
 
 
@@ -23,7 +23,7 @@ def validate_config(config: RunConfig) -> StreamSummary:
     check_text_only(stream, config.model)
     codebook = build_method(config.method_parts()).codebook
     tokenizer = load_tokenizer(find_model(config.model), config.model)
-    check_lengths(stream, tokenizer, config.max_length)
+    check_lengths(stream.tasks, tokenizer, config.max_length)
     return describe(
         stream,
         count_tokens=lambda row: len(encode_row(tokenizer, row)),

@@ -64,6 +64,14 @@ class AdapterPool:
         if start is not None:
             self._copy_in(name, self._state(start))
 
+    def remove(self, name: str) -> None:
+        """Drop an adapter and its weights."""
+        self._require(name)
+        assert self._peft is not None
+        if len(self.names) == 1:
+            raise ValueError(f"adapter {name!r} is the pool's last one")
+        self._peft.delete_adapter(_PREFIX + name)
+
     def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         """{full parameter name: parameter} of one adapter, in the model's order."""
         self._require(name)

@@ -3,11 +3,14 @@
 from lcia.backbone.cache import cache_dir
 from lcia.backbone.chat import Encoded, collate, encode_row
 from lcia.backbone.loading import BUILT_IN, Backbone, find_model, load_backbone, resolve_paths
+from lcia.backbone.loss import answer_logits, answer_loss
 
 __all__ = [
     "BUILT_IN",
     "Backbone",
     "Encoded",
+    "answer_logits",
+    "answer_loss",
     "cache_dir",
     "collate",
     "encode_row",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from lcia.ema import DynamicEMA
 from lcia.methods.base import Method, Training
 from lcia.stream import Task
+
+_FILE = "ema.safetensors"  # in a checkpoint inside a task: θ* and what the rule needs
 
 
 class Averaging(Method):
@@ -62,6 +65,10 @@ class Averaging(Method):
         if self._average is not None:
             self._average.step()
 
+    def skipped_step(self) -> None:
+        if self._average is not None:
+            self._average.discard()
+
     def close_task(self, task: Task) -> None:
         if self._average is None:
             return
@@ -104,6 +111,22 @@ class Averaging(Method):
         for key, tensor in state.items():
             _, adapter, name = key.split("/", 2)
             self._importance.setdefault(adapter, {})[name] = tensor
+
+    def adapters_changed(self, origin: Mapping[str, str]) -> None:
+        known = self._importance
+        self._importance = {name: known[source] for name, source in origin.items() if source in known}
+
+    def cost(self) -> dict[str, float]:
+        numbers = sum(tensor.numel() for tensors in self._importance.values() for tensor in tensors.values())
+        return {"numbers_stored": numbers}
+
+    def save_progress(self, folder: Path) -> None:
+        if self._average is not None:
+            self._average.save(folder / _FILE)
+
+    def load_progress(self, folder: Path) -> None:
+        if self._average is not None:
+            self._average.load(folder / _FILE)
 
 
 class StableEMA(Averaging):

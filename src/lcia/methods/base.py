@@ -5,6 +5,8 @@ Order of the moments, for each task:
     open_task → feed → begin → (per step: penalty → [backward] → see_grads → [clip] → shape_grads
     → [optimizer step] → after_step) → close_task
 
+A task may be interrupted: then it begins again with `begin` and goes on behind `load_progress`.
+
 A method overrides the moments its equation needs and nothing else; the trainer names no method.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +24,7 @@ from lcia.stream import Row, Task
 
 if TYPE_CHECKING:
     from lcia.adapters import AdapterPool
+    from lcia.backbone import Backbone
 
 SHARED = "shared"  # the adapter of methods that have only one
 
@@ -41,11 +45,13 @@ class Training:
 
     task: Task
     placement: Placement
+    rows: Sequence[Row]  # trained on
     parameters: Mapping[str, torch.nn.Parameter]  # the trained ones, by full name
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     total_steps: int  # optimizer steps of this task
     examples_per_gradient: int  # rows one gradient averages over
+    first_step: int = 0  # steps taken before an interruption; `load_progress` follows when it is not 0
 
 
 class Method:
@@ -54,9 +60,10 @@ class Method:
     name: ClassVar[str] = "lora"
     codebook: Codebook | None = None  # of methods that group tasks
 
-    def attach(self, pool: AdapterPool) -> None:
+    def attach(self, pool: AdapterPool, backbone: Backbone) -> None:
         """Once per run, before anything is loaded or trained."""
         self.pool = pool
+        self.backbone = backbone
 
     def schedule(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         """The stages of training: tasks of one tuple are learned together."""
@@ -71,7 +78,7 @@ class Method:
         return rows
 
     def begin(self, training: Training) -> None:
-        """Weights are in place, the optimizer is made, no step is taken."""
+        """The weights are those before the task, the optimizer is made, no step is taken."""
 
     def penalty(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """A scalar added to the loss of a micro-batch."""
@@ -84,13 +91,16 @@ class Method:
         """Change the gradients (clipped) before the optimizer uses them."""
 
     def after_step(self) -> None:
-        """After optimizer.step(), before gradients are zeroed; not called for a skipped step."""
+        """After optimizer.step(), before gradients are zeroed."""
+
+    def skipped_step(self) -> None:
+        """Instead of `after_step`, where a gradient scaler found the gradients infinite: the weights did not move."""
 
     def close_task(self, task: Task) -> None:
         """Training is over; the adapter keeps the weights it has when this returns."""
 
-    def route(self, instructions: Sequence[str]) -> list[Match] | None:
-        """The group that answers each request, by the request's own instruction."""
+    def route(self, requests: Sequence[Row]) -> list[Match] | None:
+        """The group that answers each request, by what a user sends: never by its reference answers."""
         return None
 
     def log(self) -> dict[str, float]:
@@ -108,6 +118,27 @@ class Method:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
+    def adapters_changed(self, origin: Mapping[str, str]) -> None:
+        """Groups were renamed, merged or split by hand: {adapter there is now: the one whose weights it took over}.
+
+        What a method keeps per adapter follows; adapters that are nobody's origin are gone.
+        """
+
+    def save_progress(self, folder: Path) -> None:
+        """Write into a checkpoint inside a task what `begin` cannot make again; θ and the optimizer are there."""
+
+    def load_progress(self, folder: Path) -> None:
+        """After `begin`, with the weights of the checkpoint in place: take back what `save_progress` wrote."""
+
+    def cost(self) -> dict[str, float]:
+        """What the closed task cost beside training one adapter.
+
+        Names in use: examples_stored (rows kept by now), numbers_stored (tensor elements kept by now beside the
+        adapters), extra_forward_rows and extra_backward_rows (rows passed through the model beyond training's own,
+        for this task).
+        """
+        return {}
+
 
 class Combined(Method):
     """Several parts as one method: each moment is passed on to every part in order."""
@@ -118,10 +149,10 @@ class Combined(Method):
         self.parts = list(parts)
         self.codebook = next((part.codebook for part in self.parts if part.codebook is not None), None)
 
-    def attach(self, pool: AdapterPool) -> None:
-        super().attach(pool)
+    def attach(self, pool: AdapterPool, backbone: Backbone) -> None:
+        super().attach(pool, backbone)
         for part in self.parts:
-            part.attach(pool)
+            part.attach(pool, backbone)
 
     def leaves(self) -> list[Method]:
         """The parts, and the parts of parts that are themselves composed."""
@@ -162,17 +193,21 @@ class Combined(Method):
         for part in self.parts:
             part.after_step()
 
+    def skipped_step(self) -> None:
+        for part in self.parts:
+            part.skipped_step()
+
     def close_task(self, task: Task) -> None:
         for part in self.parts:
             part.close_task(task)
 
-    def route(self, instructions: Sequence[str]) -> list[Match]:
+    def route(self, requests: Sequence[Row]) -> list[Match]:
         """The first part that routes; else the shared adapter, or the base model before it exists."""
-        routed = [matches for part in self.parts if (matches := part.route(instructions)) is not None]
+        routed = [matches for part in self.parts if (matches := part.route(requests)) is not None]
         if routed:
             return routed[0]
         group = SHARED if SHARED in self.pool.names else None
-        return [Match(group, 1.0, {})] * len(instructions)
+        return [Match(group, 1.0, {})] * len(requests)
 
     def log(self) -> dict[str, float]:
         return {key: value for part in self.parts for key, value in part.log().items()}
@@ -187,3 +222,22 @@ class Combined(Method):
         for i, part in enumerate(self.parts):
             mine = f"{i}."
             part.load_state_dict({key[len(mine) :]: value for key, value in state.items() if key.startswith(mine)})
+
+    def adapters_changed(self, origin: Mapping[str, str]) -> None:
+        for part in self.parts:
+            part.adapters_changed(origin)
+
+    def save_progress(self, folder: Path) -> None:
+        for part in self.parts:
+            part.save_progress(folder)
+
+    def load_progress(self, folder: Path) -> None:
+        for part in self.parts:
+            part.load_progress(folder)
+
+    def cost(self) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for part in self.parts:
+            for key, value in part.cost().items():
+                total[key] = total.get(key, 0) + value
+        return total

@@ -7,7 +7,7 @@ from typing import Any
 
 from lcia.grouping import Codebook, Match, Router
 from lcia.methods.base import Method, Placement
-from lcia.stream import Task
+from lcia.stream import Row, Task
 
 
 class InstructionGroups(Method):
@@ -55,8 +55,9 @@ class InstructionGroups(Method):
         self.codebook.add(self._opened, task.instructions)
         self._last = self._opened
 
-    def route(self, instructions: Sequence[str]) -> list[Match]:
-        return Router(self.codebook, self._route_threshold).route_many(instructions)
+    def route(self, requests: Sequence[Row]) -> list[Match]:
+        router = Router(self.codebook, self._route_threshold)
+        return router.route_many([request.instruction for request in requests])
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -68,3 +69,8 @@ class InstructionGroups(Method):
         self._last = state["last"]
         for group, texts in state["groups"].items():
             self.codebook.add(group, texts)
+
+    def adapters_changed(self, origin: Mapping[str, str]) -> None:
+        if self._last not in origin:  # renamed; or dropped, then the newest that is left
+            renamed = [name for name, source in origin.items() if source == self._last]
+            self._last = (renamed or list(origin))[-1]

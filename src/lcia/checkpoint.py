@@ -1,0 +1,93 @@
+"""Checkpoints inside a task: a killed task goes on with the step after its last checkpoint, exactly.
+
+state/checkpoint-N/
+  trained.safetensors   θ, the raw weights after step N
+  ema.safetensors, ...  what the method needs (Method.save_progress)
+  optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json   transformers.Trainer's own
+  complete.json         written last: without it, the folder is a part of a checkpoint and counts as nothing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lcia.files import file_sha256, sync_folder, write_json
+
+_MARK = "complete.json"
+_WEIGHTS = "trained.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole one."""
+
+    folder: Path
+    step: int
+    seconds: float  # of training before it
+    log: list[dict[str, Any]]  # one record per step before it
+
+
+def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of `task` below `state`, and what is wrong with others of this task.
+
+    A damaged checkpoint costs time, not correctness: the task then starts again.
+    """
+    found: Checkpoint | None = None
+    damaged = []
+    for mark in state.glob(f"checkpoint-*/{_MARK}"):
+        facts = json.loads(mark.read_text(encoding="utf-8"))
+        if facts["task"] != task:
+            continue
+        wrong = [
+            name
+            for name, digest in facts["files"].items()
+            if not (mark.parent / name).is_file() or file_sha256(mark.parent / name) != digest
+        ]
+        if wrong:
+            damaged.append(f"{mark.parent}: {', '.join(wrong)} is missing or was altered; the checkpoint is not used")
+        elif found is None or facts["step"] > found.step:
+            found = Checkpoint(mark.parent, facts["step"], facts["seconds"], facts["log"])
+    return found, damaged
+
+
+def mark_complete(folder: Path, task: str, step: int, seconds: float, log: list[dict[str, Any]]) -> None:
+    """Everything is written: make it durable, say so, and remove the checkpoints before it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+    hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
+    write_json(folder / _MARK, {"task": task, "step": step, "seconds": seconds, "log": log, "files": hashes})
+    sync_folder(folder.parent)
+    for other in folder.parent.glob("checkpoint-*"):
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def clear_checkpoints(state: Path) -> None:
+    """The task is finished and kept elsewhere."""
+    for folder in state.glob("checkpoint-*"):
+        # the mark first: a half-removed checkpoint must not count
+        (folder / _MARK).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def save_trained(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.detach().contiguous() for name, value in trained.items()}, folder / _WEIGHTS)
+
+
+@torch.no_grad()
+def load_trained(folder: Path, trained: Mapping[str, torch.nn.Parameter]) -> None:
+    for name, value in load_file(folder / _WEIGHTS).items():
+        trained[name].copy_(value)

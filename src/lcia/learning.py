@@ -1,0 +1,107 @@
+"""Learn one stage of a run, usually one task: open, train, check that nothing else moved, snapshot, confirm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import yaml
+
+from lcia.backbone import Encoded, encode_row
+from lcia.checkpoint import clear_checkpoints, find_checkpoint
+from lcia.progress import Reporter
+from lcia.results import peak_memory_mib
+from lcia.seeds import stable_seed
+from lcia.session import Session
+from lcia.stream import Row, Task
+from lcia.training import learn_task
+
+
+def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> None:
+    """Learn `stage` from its start, or from behind the checkpoint of an interrupted attempt."""
+    config, method, pool, folder = session.config, session.method, session.pool, session.folder
+    task = stage[0] if len(stage) == 1 else _joined(stage)
+    placement = method.open_task(task)
+    if placement.is_new:
+        pool.add(placement.adapter, start=placement.start)
+    untouched = {name: pool.sha256(name) for name in pool.names if name != placement.adapter}
+    pool.train_only(placement.adapter)
+    rows, left_out = _encode(session, method.feed(task.train))
+    if left_out:
+        reporter.done(f"  {task.name}: {left_out} training rows exceed max_length {config.max_length}, left out")
+    arguments = config.training_arguments()
+    if config.max_steps > 0:
+        arguments["max_steps"] = config.max_steps * len(stage)
+    checkpoint, damaged = find_checkpoint(folder.state, task.name)
+    for sentence in damaged:
+        reporter.done(f"  note: {sentence}; {task.name} starts again")
+    if checkpoint is None:
+        clear_checkpoints(folder.state)  # parts of one, or of another task
+    else:
+        reporter.done(f"  {task.name}: going on behind step {checkpoint.step}")
+
+    reporter.start(f"learning {task.name}", total=None)
+    learned = learn_task(
+        pool.model,
+        method,
+        task,
+        placement,
+        rows,
+        pad_id=session.backbone.pad_id,
+        arguments=arguments,
+        state_folder=folder.state,
+        checkpoint=checkpoint,
+        seed=stable_seed(config.seed, task.name, "order"),
+        on_record=reporter.training_step,
+    )
+    method.close_task(task)
+    for name, before in untouched.items():
+        if pool.sha256(name) != before:
+            raise RuntimeError(f"learning {task.name!r} changed the adapter {name!r}; nothing was saved")
+    folder.forget_log_of(task.name)
+    with folder.training_log.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in learned.log)
+    for member in stage:
+        session.placements[member.name] = placement
+    files = folder.save_snapshot(task.name, pool, method, lambda group: model_card(session, group))
+    folder.confirm(
+        "stage_learned",
+        stage=task.name,
+        placements={member.name: vars(placement) for member in stage},
+        sha256={name: pool.sha256(name) for name in pool.names},
+        files=files,
+        ema=method.report(),
+        train_s=learned.seconds,
+        left_out=left_out,
+        peak_memory_mib=peak_memory_mib(),
+        trained_parameters=sum(weights.numel() for name in pool.names for weights in pool.parameters(name).values()),
+        method_cost=method.cost(),
+    )
+    clear_checkpoints(folder.state)
+    folder.publish(task.name)
+
+
+def _encode(session: Session, rows: Sequence[Row]) -> tuple[list[tuple[Row, Encoded]], int]:
+    """The rows that fit with their token ids, and how many do not."""
+    encoded = [(row, encode_row(session.backbone.tokenizer, row)) for row in rows]
+    fitting = [(row, ids) for row, ids in encoded if len(ids) <= session.config.max_length]
+    return fitting, len(encoded) - len(fitting)
+
+
+def _joined(stage: Sequence[Task]) -> Task:
+    """Several tasks as one, for methods that learn them together."""
+    instructions = tuple(dict.fromkeys(text for task in stage for text in task.instructions))
+    return Task("all", instructions, tuple(row for task in stage for row in task.train), (), (), stage[0].scorer)
+
+
+def model_card(session: Session, group: str) -> str:
+    """README.md of an adapter in the pool."""
+    tasks = [name for name, placement in session.placements.items() if placement.adapter == group]
+    method = yaml.safe_dump(session.config.method, default_flow_style=True).partition("\n")[0]
+    return (
+        f"---\nbase_model: {session.config.model}\nlibrary_name: peft\n---\n\n# {group}\n\n"
+        f"LoRA adapter of one instruction group, trained by lcia {version('lcia')}.\n\n"
+        f"- base model: {session.config.model}\n- tasks learned, in order: {', '.join(tasks)}\n- method: {method}\n"
+        f"- seed: {session.config.seed}\n"
+    )
