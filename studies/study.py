@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from scipy import stats
 
 from lcia.files import write_text
 
@@ -43,6 +45,25 @@ def run_all(
     return results
 
 
+def dev_scores(study: str, names: Sequence[str], jobs: int = 0) -> dict[str, dict[str, float]]:
+    """{name: {task: score}} of finished runs on the dev rows, with the weights after the last task.
+
+    Kept as results/STUDY/NAME.dev.json.
+    """
+    jobs = jobs or int(os.environ.get("LCIA_JOBS", 0)) or os.cpu_count() or 1
+    kept = {name: ROOT / "results" / study / f"{name}.dev.json" for name in names}
+
+    def measure(name: str) -> None:
+        arguments = ["eval", str(run_folder(study, name)), "--split", "dev"]
+        found = json.loads(_lcia(name, arguments, jobs))
+        write_text(kept[name], json.dumps({"split": "dev", "scores": found["rows"][-1]["scores"]}, indent=1) + "\n")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for finished in [pool.submit(measure, name) for name in names if not kept[name].is_file()]:
+            finished.result()
+    return {name: json.loads(path.read_text(encoding="utf-8"))["scores"] for name, path in kept.items()}
+
+
 def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """A result that was kept must not pass for one of other settings."""
     differing = [key for key in wanted if key != "method" and key in found and found[key] != wanted[key]]
@@ -70,12 +91,17 @@ def _run(study: str, name: str, values: Mapping[str, Any], jobs: int, first_task
         config = folder.with_suffix(".yaml")
         write_text(config, yaml.safe_dump({**values, "output_dir": str(folder)}))
         arguments = ["train", str(config)]
+    document = json.loads(_lcia(name, arguments, jobs))
+    write_text(_kept(study, name), json.dumps(document, indent=1) + "\n")
+
+
+def _lcia(name: str, arguments: list[str], jobs: int) -> str:
+    """What `lcia ARGUMENTS --json` prints, with its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     print(f"{name}: lcia {arguments[0]}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "lcia", *arguments, "--json"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    write_text(_kept(study, name), json.dumps(json.loads(done.stdout), indent=1) + "\n")
+    return subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def _branch(source: Path, target: Path, method: Any) -> None:
@@ -88,9 +114,10 @@ def _branch(source: Path, target: Path, method: Any) -> None:
     kept = lines[: next(i for i, line in enumerate(lines) if line["event"] == "row_measured" and line["row"] == 1) + 1]
     for folder in (f"history/{first['stage']}", "predictions/0", "predictions/1"):
         shutil.copytree(source / folder, target / folder, dirs_exist_ok=True)
+    config = {**kept[0]["config"], "method": method, "output_dir": str(target)}
+    kept[0]["config"] = config
     write_text(target / "ledger.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-    config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
-    write_text(target / "config.yaml", yaml.safe_dump({**config, "method": method, "output_dir": str(target)}))
+    write_text(target / "config.yaml", yaml.safe_dump(config))
 
 
 def mean_and_spread(values: list[float | None]) -> str:
@@ -103,3 +130,20 @@ def mean_and_spread(values: list[float | None]) -> str:
         return f"{mean:.1f}"
     spread = (sum((value - mean) ** 2 for value in known) / (len(known) - 1)) ** 0.5
     return f"{mean:.1f} ± {spread:.1f}"
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    """`mean ± half the width of the 95 % t interval` over seeds."""
+    sample = np.asarray(values, dtype=np.float64)
+    if len(sample) < 2:
+        return f"{sample.mean():.1f}"
+    half = stats.t.ppf(0.975, len(sample) - 1) * sample.std(ddof=1) / len(sample) ** 0.5
+    return f"{sample.mean():.1f} ± {half:.1f}"
+
+
+def paired_p(values: Sequence[float], reference: Sequence[float]) -> str:
+    """p of the paired t test over seeds, two-sided."""
+    differences = np.asarray(values) - np.asarray(reference)
+    if not differences.any():
+        return "same runs"
+    return f"{differences.mean():+.1f}, p = {stats.ttest_rel(values, reference).pvalue:.3f}"

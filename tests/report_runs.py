@@ -123,6 +123,53 @@ def make_run(
     return folder
 
 
+def make_answers(
+    method: str, tasks: Sequence[str], seed: int = 0, n_rows: int = 20
+) -> dict[tuple[int, str], list[float]]:
+    """(row, task) → the score of each test row, in [0, 1]: what is easy for one method is easy for all."""
+    matrix = make_matrix(method, len(tasks), seed)
+    answers = {}
+    for column, task in enumerate(tasks):
+        difficulty = np.random.default_rng([*map(ord, task)]).uniform(0, 100, n_rows)
+        luck = np.random.default_rng([seed, *map(ord, method + task)]).normal(0, 8, n_rows)
+        for row in range(len(matrix)):
+            score = matrix[row][column]
+            if score is not None:
+                answers[row, task] = [float(hit) for hit in difficulty + luck < score]
+    return answers
+
+
+def make_answered_run(
+    folder: Path,
+    method: str,
+    tasks: Sequence[str],
+    seed: int = 0,
+    answers: dict[tuple[int, str], list[float]] | None = None,
+    **options: Any,
+) -> Path:
+    """A run folder whose matrix and metrics follow from its predictions.
+
+    Args:
+        answers: (row, task) → the score of each test row, in [0, 1]; made up where None.
+        options: of `make_run`.
+    """
+    answers = make_answers(method, tasks, seed) if answers is None else answers
+    matrix: list[list[float | None]] = [[None] * len(tasks) for _ in range(len(tasks) + 1)]
+    for (row, task), scores in answers.items():
+        matrix[row][tasks.index(task)] = 100 * sum(scores) / len(scores)
+    metrics = accuracy_metrics(matrix)
+    if method in REFERENCES:
+        metrics = {key: value if key == "avg_acc" else None for key, value in metrics.items()}
+    make_run(folder, method, tasks, seed, **({"matrix": matrix, "metrics": metrics} | options))
+    for (row, task), scores in answers.items():
+        path = folder / "predictions" / str(row) / f"{task}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"prompt": "q", "prediction": "p", "reference": ["r"], "group": "shared"}
+        lines = [json.dumps({"id": f"{task}-{i}", "score": score} | line) for i, score in enumerate(scores)]
+        path.write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def make_groups(tasks: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """Every task whose name ends in `intent` is in one group, every third other task in a second."""
     groups: dict[str, str] = {}

@@ -256,6 +256,46 @@ def test_the_way_from_validate_to_generate(lcia, config, tmp_path) -> None:
     assert lcia("validate", tmp_path / "data")[0] == 0
 
 
+def test_the_months_after_training(lcia, config, tmp_path) -> None:
+    path = config({"one.jsonl": rows(12), "two.jsonl": rows(12, instruction="Spell it backwards")})
+    assert lcia("train", path)[0] == 0
+    run, later = tmp_path / "out", tmp_path / "three.jsonl"
+    later.write_text(rows(12, instruction="Count the letters"))
+    code, out, err = lcia("extend", run, later, "--max-forgetting", "-1", "--json")
+    assert code == 3
+    assert json.loads(out)["tasks"] == ["one", "two", "three"]  # learned, measured and written all the same
+    assert "forgetting over the budget of -1 points" in err
+    assert "one 0.0" in err
+    assert lcia("resume", run, "--max-forgetting", "0", "--per-task")[0] == 0
+    code, out, _ = lcia("eval", run, "--split", "dev", "--json")
+    assert code == 0
+    assert set(json.loads(out)["rows"][-1]["scores"]) == {"one", "two", "three"}
+    assert lcia("eval", run)[0] == 0
+    code, out, _ = lcia("groups", run, "rename", "three", "counting", "--reason", "it says more", "--json")
+    assert code == 0
+    assert json.loads(out)["groups"]["three"] == "counting"
+    code, out, _ = lcia("rollback", run, "--to", "two", "--json")
+    assert code == 0
+    assert json.loads(out)["tasks"] == ["one", "two"]
+    code, out, err = lcia("rollback", run, "--to", "tow", "--json")
+    assert (code, out) == (2, "")
+    assert "one, two" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extend", "RUN", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["eval", "RUN", "--split", "tset"], "test or dev"),
+        (["eval", "RUN", "--tasks", "birds"], "no task 'birds'"),
+        (["groups", "RUN", "renam", "task", "x", "--reason", "y"], "Did you mean 'rename'"),
+    ],
+)
+def test_mistakes_after_training(lcia, refused, config, tmp_path, arguments, message) -> None:
+    assert lcia("train", config())[0] == 0
+    assert message in refused(*(tmp_path / "out" if word == "RUN" else word for word in arguments))
+
+
 def test_doctor(lcia) -> None:
     code, out, _ = lcia("doctor", "--json")
     assert code == 0

@@ -20,11 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from lcia.errors import UserError
-from lcia.report import Run, figures, load_run, write_report
+from lcia.report import Run, compare_runs, figures, load_run, write_report
 from lcia.report.compare import Arena, arrange
 from lcia.report.figures.layout import spread
 from lcia.report.figures.theme import COLOURS, HEAT_ALPHA, drawable, fitted, style
-from report_runs import ASSISTANT, make_run
+from lcia.report.heat import confusion_heat
+from lcia.report.tables import p_text
+from report_runs import ASSISTANT, make_answered_run, make_run
 
 EVIL = '<script>alert("1")</script>'
 LONG = tuple(
@@ -202,6 +204,102 @@ def test_examples_put_disagreement_first_and_say_right_or_wrong_in_words(tmp_pat
     assert "✗ wrong" in page.words
 
 
+@pytest.mark.usefixtures("no_drawing")
+def test_significance_shows_raw_and_corrected_p_and_the_notes(tmp_path: Path) -> None:
+    tasks = ("a", "b", "c")
+    runs = [
+        make_answered_run(tmp_path / f"{method}{seed}", method, tasks, seed)
+        for method in ("lora", "lcia", "llaca")
+        for seed in (0, 1)
+    ]
+    page, _ = page_of(tmp_path, *runs)
+    contrasts = compare_runs([load_run(run) for run in runs]).scopes[0].contrasts
+    rows = page.table(
+        "Method", "Difference in Avg.ACC", "Seeds", "p, seeds", "Holm", "Test rows", "p, test rows", "Holm"
+    )
+    for row, one in zip(rows, contrasts, strict=True):
+        shown = [p_text(p) for p in (one.repeats.p, one.repeats.corrected, one.examples.p, one.examples.corrected)]
+        assert [row[0], row[2], row[5]] == [one.label, "2", "60"]
+        assert [row[3], row[4], row[6], row[7]] == shown
+    assert "2 seeds are few. Even uncorrected, p is below 0.05 only from 12.7 standard errors on" in page.words
+    assert "tested over seeds, after correction: " in page.words
+    assert "#c1-significance" in [value for _, name, value in page.attributes if name == "href"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_one_method_has_no_section_on_significance(tmp_path: Path) -> None:
+    page, _ = page_of(tmp_path, make_run(tmp_path / "run", "lora", ("a",)))
+    assert "Significance" not in page.words
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_orders_stand_before_the_chapters(tmp_path: Path) -> None:
+    runs = [
+        make_answered_run(tmp_path / f"{method}{i}", method, order)
+        for method in ("lora", "lcia")
+        for i, order in enumerate((("a", "b"), ("b", "a")))
+    ]
+    page, _ = page_of(tmp_path, *runs)
+    rows = page.table("Method", "Avg.ACC, order 1", "Avg.ACC, order 2", "Avg.ACC, all orders")
+    for row, method in zip(rows, ("lora", "lcia"), strict=True):
+        scores = [load_run(tmp_path / f"{method}{i}").metrics["avg_acc"] or 0.0 for i in (0, 1)]
+        mean, half = np.mean(scores), 12.7062 * abs(scores[0] - scores[1]) / 2
+        assert row[1].startswith(f"{scores[0]:.2f} [")
+        assert row[3] == f"{mean:.2f} ± {half:.2f}"
+    body = page.words.split("2 comparisons", 1)[1]
+    assert body.index("over 2 orders") < body.index("order 1 on smollm2-135m")
+    assert "bootstrap interval over the test rows of a single run" in page.words
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_confusion_adds_up_the_seeds_and_marks_the_own_group(tmp_path: Path) -> None:
+    groups = {"a": "one", "b": "two"}
+    confusion = {"a": {"one": 7, "": 3}, "b": {"one": 4, "two": 6}}
+    routing = {"accuracy": 65.0, "oracle_avg_acc": 50.0, "base_model_answers": 3, "confusion": confusion}
+    runs = [
+        make_run(tmp_path / f"lcia{seed}", "lcia", ("a", "b"), seed, routing=routing, groups=groups, group_scores={})
+        for seed in (0, 1)
+    ]
+    shared = {"accuracy": 100.0, "confusion": {"a": {"shared": 10}, "b": {"shared": 10}}}
+    runs.append(make_run(tmp_path / "lora", "lora", ("a", "b"), routing=shared))
+    page, _ = page_of(tmp_path, *runs)
+    assert page.table("", "one", "two", "base model") == [["1 a", "14", "0", "6"], ["2 b", "8", "12", "0"]]
+    assert "lcia : test inputs of each task, by the group they were sent to, 2 seeds together" in page.words
+    marked = [
+        cell["title"] for cell in page.cells if "joined" in cell.get("class", "") and " of " in cell.get("title", "")
+    ]
+    assert marked == ["14 of 20", "12 of 20"]
+    rows = page.table("Method", "Routed to the task's own group, %", "Avg.ACC", "Avg.ACC with perfect routing")
+    assert (rows[0][1], rows[0][3], rows[0][4]) == ("65.00 ± 0.00", "50.00 ± 0.00", "3")
+    assert "shared" not in [name for rows in page.tables for name in rows[0]]  # one group: nothing to route
+
+
+def test_a_stack_of_adapters_answers_for_all_its_tasks(tmp_path: Path) -> None:
+    confusion = {"a": {"a+b": 5}, "b": {"a+b": 4, "": 1}}
+    run = load_run(make_run(tmp_path / "run", "lora", ("a", "b"), groups={"a": "a", "b": "b"}))
+    table = confusion_heat(run, confusion)
+    assert table.columns == ("a+b", "base model")
+    assert [[cell.mark for cell in cells] for _, cells in table.rows] == [["joined", ""], ["joined", ""]]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_cost_names_the_methods_that_are_not_dominated(tmp_path: Path) -> None:
+    matrix = [[0.0], [50.0]]
+    runs = [
+        make_run(tmp_path / method, method, ("a",), matrix=matrix, metrics={"avg_acc": score}, cost=cost)
+        for method, score, cost in (
+            ("lora", 40.0, {"train_s": 5.0}),
+            ("lcia", 50.0, {"train_s": 9.0}),
+            ("replay", 45.0, {"train_s": 9.5, "examples_stored": 30}),
+        )
+    ]
+    page, _ = page_of(tmp_path, *runs)
+    assert "not dominated, Training: lora, lcia" in page.words
+    assert "not dominated, Examples stored: lcia" in page.words
+    rows = page.table("Method", "Training")
+    assert [row[-1] for row in rows] == ["–", "–", "30"]
+
+
 # -- what is missing
 
 
@@ -296,7 +394,7 @@ def test_figures_are_png_files_beside_the_page(assistant: tuple[Path, Page, str]
     folder, _, _ = assistant
     names = {path.name for path in (folder / "figures").iterdir()}
     assert names == {
-        "cost.png", "final-scores.png", "groups-lcia.png", "matrices.png", "metrics.png", "radar.png",
+        "cost.png", "final-scores.png", "groups-lcia.png", "matrices.png", "metrics.png", "pareto.png", "radar.png",
         "scores-over-time.png", "training-lcia.png", "training-lora.png",
     }  # fmt: skip
     assert all((folder / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
@@ -418,7 +516,7 @@ def arena(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return arrange(runs)[0]
 
 
-@pytest.mark.parametrize("name", ["scores_over_time", "final_bars", "metric_bars", "cost_bars", "radar"])
+@pytest.mark.parametrize("name", ["scores_over_time", "final_bars", "metric_bars", "cost_bars", "radar", "pareto"])
 def test_labels_do_not_overlap(arena: Arena, name: str) -> None:
     assert overlapping(getattr(figures, name)(arena)) == []
 
@@ -427,6 +525,12 @@ def test_labels_do_not_overlap(arena: Arena, name: str) -> None:
 def test_labels_of_one_run_do_not_overlap(arena: Arena, name: str) -> None:
     (run,) = (run for run in arena.runs if run.method == "lcia")
     assert overlapping(getattr(figures, name)(run)) == []
+
+
+def test_labels_of_a_confusion_do_not_overlap(arena: Arena) -> None:
+    (run,) = (run for run in arena.runs if run.method == "lcia")
+    counts = {task: {str(group): 1234, "": 5} for task, group in run.groups.items()}
+    assert overlapping(figures.routing_confusion(run, counts)) == []
 
 
 def test_labels_of_a_matrix_do_not_overlap(arena: Arena) -> None:

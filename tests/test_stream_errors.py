@@ -299,7 +299,7 @@ def test_sources_that_name_nothing(tmp_path: Path) -> None:
     fails(5, "must be a name, a folder or a list")
     fails("", "")
     fails("a\0b", "")
-    fails({"name": "a"}, "must be a name")
+    fails({"name": "a"}, "is for built-in streams")
 
 
 def test_selection(tmp_path: Path) -> None:

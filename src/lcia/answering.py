@@ -58,19 +58,23 @@ def answer_requests(
     tokenizer = session.backbone.tokenizer
     matches = session.method.route([Row("", instruction, (("user", text),), ()) for text, instruction in texts])
     limit = max_new_tokens or session.config.max_new_tokens
-    decoding = Decoding(limit, batch_size=1, max_length=session.config.max_length)
-    answers = []
-    for (text, instruction), match in zip(texts, matches, strict=True):
+    decoding = Decoding(limit, session.config.per_device_eval_batch_size, session.config.max_length)
+    prompts = []
+    for text, _ in texts:
         special = tokenizer.chat_template is None
         prompt = tokenizer(render_prompt(tokenizer, [("user", text)]), add_special_tokens=special)["input_ids"]
-        if len(prompt) + limit > session.config.max_length:
+        if not session.backbone.layout.fits(len(prompt), limit, decoding):
             raise UserError(
-                f"the request has {len(prompt)} tokens; with {limit} new ones that is over max_length "
+                f"the request has {len(prompt)} tokens, which with {limit} new ones does not fit max_length "
                 f"{session.config.max_length}"
             )
-        answer = generate_answers(session.pool, tokenizer, match.group, [prompt], decoding)[0]
-        answers.append(Answer(text, instruction, match.group, match.score, answer))
-    return answers
+        prompts.append(prompt)
+    groups = [match.group for match in matches]
+    answers = generate_answers(session.pool, tokenizer, groups, prompts, decoding)
+    return [
+        Answer(text, instruction, match.group, match.score, answer)
+        for (text, instruction), match, answer in zip(texts, matches, answers, strict=True)
+    ]
 
 
 def explain_task(source: Path, data: Path) -> Explanation:

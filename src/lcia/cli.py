@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+bench_app = typer.Typer(help="Published protocols: which there are, and runs under them.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+Against = Annotated[
+    str | None, typer.Option(help="The method that every other is tested against; the first one if not given.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+MaxForgetting = Annotated[
+    float | None,
+    typer.Option(help="Points of forgetting that are accepted; over them the command ends with exit code 3."),
+]
+PerTask = Annotated[bool, typer.Option("--per-task", help="--max-forgetting holds for every task, not for the mean.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, over the configuration file")]
 
 
@@ -44,6 +55,9 @@ def main() -> None:
         if stop.code == 130:  # what typer makes of Ctrl-C
             print("lcia: interrupted; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
         raise
+    except OSError as error:  # a full disk, a folder that is gone
+        print(f"lcia: {error}; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:  # noqa: BLE001 - the last resort: a message instead of a page of frames
         if os.environ.get("LCIA_DEBUG"):
             traceback.print_exc()
@@ -96,6 +110,8 @@ def validate(
 def train(
     config: Annotated[str, typer.Argument(help="CONFIG.yaml")],
     overrides: Overrides = None,
+    max_forgetting: MaxForgetting = None,
+    per_task: PerTask = False,
     as_json: Json = False,
 ) -> None:
     """Learn a stream from its first task to its last, measuring after each."""
@@ -105,31 +121,117 @@ def train(
     checked = _config(config, overrides)
     with Reporter() as reporter:
         results = run_train(checked, reporter)
-    _show_results(Path(checked.output_dir), results, as_json)
+    _show_results(Path(checked.output_dir), results, as_json, max_forgetting, per_task)
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="a run folder")], as_json: Json = False) -> None:
-    """Go on with an interrupted run, from the last thing that was finished."""
+def resume(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    max_forgetting: MaxForgetting = None,
+    per_task: PerTask = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with an interrupted run, where it stopped."""
     from lcia.progress import Reporter
     from lcia.run import resume as run_resume
 
     with Reporter() as reporter:
         results = run_resume(run, reporter)
+    _show_results(run, results, as_json, max_forgetting, per_task)
+
+
+@app.command()
+def extend(
+    run: Annotated[Path, typer.Argument(help="a finished run folder")],
+    data: Annotated[str, typer.Argument(help="a data file, a folder, or a built-in stream")],
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of DATA to take, with commas between; all if not given.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="CONFIG.yaml that must be the run's own, but for stream and output_dir.")
+    ] = None,
+    max_forgetting: MaxForgetting = None,
+    per_task: PerTask = False,
+    as_json: Json = False,
+) -> None:
+    """Learn new tasks behind those of a finished run; only what is missing of the matrix is measured."""
+    from lcia.progress import Reporter
+    from lcia.run import extend as run_extend
+
+    with Reporter() as reporter:
+        results = run_extend(run, data, tasks.split(",") if tasks else None, reporter, config)
+    _show_results(run, results, as_json, max_forgetting, per_task)
+
+
+@app.command()
+def rollback(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    to: Annotated[str, typer.Option(help="The task after which the run shall stand again.")],
+    as_json: Json = False,
+) -> None:
+    """Back to the state after a task; what was learned behind it leaves the run (the ledger remembers)."""
+    from lcia.progress import Reporter
+    from lcia.run import rollback as run_rollback
+
+    with Reporter() as reporter:
+        results = run_rollback(run, to, reporter)
     _show_results(run, results, as_json)
+
+
+@app.command()
+def groups(
+    run: Annotated[Path, typer.Argument(help="a finished run folder")],
+    action: Annotated[str, typer.Argument(help="rename | merge | split")],
+    group: Annotated[str, typer.Argument(help="the group to change")],
+    other: Annotated[str, typer.Argument(help="its new name | the group to merge it into | the new group")],
+    reason: Annotated[str, typer.Option(help="Why; it goes into the ledger.")],
+    tasks: Annotated[str | None, typer.Option(help="split: the tasks that leave, with commas between.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rename, merge or split groups by hand; the last row of the matrix is measured again."""
+    from lcia.progress import Reporter
+    from lcia.regrouping import regroup
+
+    with Reporter() as reporter:
+        results = regroup(run, action, group, other, reason, reporter, tasks.split(",") if tasks else ())
+    _show_results(run, results, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a finished run folder")],
+    split: Annotated[str, typer.Option(help="test | dev")] = "test",
+    data: Annotated[str | None, typer.Option(help="Other data: a file, a folder, a built-in stream.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
+    all_rows: Annotated[bool, typer.Option("--all-rows", help="Every row, with the weights the run had then.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Reuse no prediction made before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a finished run again, or on other data; the run itself is not changed."""
+    from lcia.progress import Reporter
+    from lcia.run import measure_again
+
+    if split not in ("test", "dev"):
+        raise UserError(f"eval: unknown split {split!r}; test or dev")
+    with Reporter() as reporter:
+        found = measure_again(run, reporter, split, data, tasks.split(",") if tasks else None, all_rows, recompute)
+    scores = found["rows"][-1]["scores"]
+    lines = [f"{score:6.1f}  {task}" for task, score in scores.items()]
+    _emit(as_json, found, "\n".join([f"{split} rows, after the last task:", *lines]), _metrics_line(found["metrics"]))
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders")],
     out: Annotated[Path | None, typer.Option(help="The HTML file; the first run's report.html if not given.")] = None,
+    against: Against = None,
     as_json: Json = False,
 ) -> None:
     """Write one HTML file (and PNG figures beside it) about one run or several."""
     from lcia.report import load_run, write_report
 
     loaded = [load_run(run) for run in runs]
-    written = write_report(loaded, out or runs[0] / "report.html")
+    written = write_report(loaded, out or runs[0] / "report.html", against)
     _emit(as_json, {"report": str(written)}, f"report: {written}")
 
 
@@ -137,15 +239,19 @@ def report(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run folders")],
     out: Annotated[Path | None, typer.Option(help="Write an HTML report as well.")] = None,
+    against: Against = None,
     as_json: Json = False,
 ) -> None:
-    """One table over several runs; runs that differ only in their seed are averaged."""
-    from lcia.report import comparison_json, comparison_table, load_run, write_report
+    """Compare methods over seeds and orders: intervals, and tests against a reference."""
+    from lcia.report import comparison_json, comparison_tables, load_run, write_report
 
     loaded = [load_run(run) for run in runs]
     if out is not None:
-        write_report(loaded, out)
-    _emit(as_json, comparison_json(loaded), comparison_table(loaded))
+        write_report(loaded, out, against)
+    if as_json:
+        _emit(as_json, comparison_json(loaded, against))
+    else:
+        _emit(as_json, None, *comparison_tables(loaded, against))
 
 
 @app.command()
@@ -183,6 +289,22 @@ def generate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder")],
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    group: Annotated[str | None, typer.Option(help="Only this group.")] = None,
+    layout: Annotated[str, typer.Option("--as", help="peft | merged | vllm")] = "peft",
+    dtype: Annotated[str | None, typer.Option(help="merged: float32 | bfloat16; the run's if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take the adapters elsewhere: PEFT folders, one merged model, or a folder that vLLM serves."""
+    from lcia.export import export_run
+
+    exported = export_run(run, out, layout, group, dtype)
+    _emit(as_json, exported.as_dict(), exported)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, and which numerics will be used."""
     from lcia.doctor import examine
@@ -191,23 +313,70 @@ def doctor(as_json: Json = False) -> None:
     _emit(as_json, findings.as_dict(), findings)
 
 
+@bench_app.command(name="list")
+def bench_list(as_json: Json = False) -> None:
+    """The benchmarks, and the settings of each."""
+    from lcia.bench import BENCHMARKS
+
+    lines = []
+    for name, benchmark in BENCHMARKS.items():
+        settings = ", ".join(f"{key} {value}" for key, value in benchmark.settings.items())
+        orders = ", ".join(map(str, benchmark.orders))
+        lines.append(f"[bold]{name}[/bold]: {benchmark.title} ({benchmark.source}); orders {orders}\n  {settings}")
+    _emit(as_json, {name: asdict(benchmark) for name, benchmark in BENCHMARKS.items()}, *lines)
+
+
+@bench_app.command(name="run")
+def bench_run(
+    name: Annotated[str, typer.Argument(help="a benchmark; `lcia bench list` shows them")],
+    overrides: Overrides = None,
+    method: Annotated[str, typer.Option(help="A method, or {name: METHOD, option: value, ...}.")] = "lcia",
+    order: Annotated[int, typer.Option(help="One of the benchmark's orders of its tasks.")] = 1,
+    seed: Annotated[int, typer.Option(help="The run's seed.")] = 0,
+    model: Annotated[str | None, typer.Option(help="A model instead of the protocol's.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder with its data; else $LCIA_DATA/NAME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Learn a benchmark's stream under its protocol, into runs/bench/NAME/METHOD-orderN-seedS."""
+    from lcia.bench import BENCHMARKS, bench_config
+    from lcia.progress import Reporter
+    from lcia.run import train as run_train
+
+    config = bench_config(name, method, order, seed, model, None if data is None else str(data), overrides)
+    with Reporter() as reporter:
+        results = run_train(config, reporter)
+    _show_results(Path(config.output_dir), results, as_json)
+    if not as_json:
+        values = {label: results["metrics"][key] for label, key in BENCHMARKS[name].reported.items()}
+        print("   ".join(f"{label} {'-' if value is None else f'{value:.1f}'}" for label, value in values.items()))
+
+
 def _config(path: str, overrides: list[str] | None) -> RunConfig:
     from lcia.config import load_config
 
     return load_config(path, overrides)
 
 
-def _show_results(folder: Path, results: dict[str, Any], as_json: bool) -> None:
+def _show_results(
+    folder: Path,
+    results: dict[str, Any],
+    as_json: bool,
+    max_forgetting: float | None = None,
+    per_task: bool = False,
+) -> None:
     from lcia.report import load_run, matrix_table, write_report
+    from lcia.run import require_little_forgetting
 
     run = load_run(folder)
     written = write_report([run], folder / "report.html")
-    metrics = "   ".join(
-        f"{label} {results['metrics'][key]:.1f}"
-        for key, label in (("avg_acc", "Avg.ACC"), ("forgetting", "Forgetting"), ("new_acc", "New.ACC"))
-        if results["metrics"][key] is not None
-    )
-    _emit(as_json, results, matrix_table(run), metrics, f"report: {written}")
+    _emit(as_json, results, matrix_table(run), _metrics_line(results["metrics"]), f"report: {written}")
+    if max_forgetting is not None:
+        require_little_forgetting(results, max_forgetting, per_task)
+
+
+def _metrics_line(metrics: dict[str, float | None]) -> str:
+    labels = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
+    return "   ".join(f"{label} {metrics[key]:.1f}" for key, label in labels.items() if metrics.get(key) is not None)
 
 
 if __name__ == "__main__":

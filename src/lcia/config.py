@@ -49,7 +49,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", validate_default=True)
 
-    stream: str | list[dict[str, Any]]
+    stream: str | dict[str, Any] | list[dict[str, Any]]
     model: str = "smollm2-135m"
     method: str | dict[str, Any] | list[str | dict[str, Any]] = "lcia"
     output_dir: str
@@ -107,8 +107,10 @@ class RunConfig(BaseModel):
             return str(Path(name).absolute()) if isinstance(name, str) and Path(name).exists() else name
 
         stream = self.stream
-        if isinstance(stream, list):
-            paths = ("path", "image_folder")
+        paths = ("path", "image_folder")
+        if isinstance(stream, dict):
+            stream = {k: absolute(v) if k in paths else v for k, v in stream.items()}
+        elif isinstance(stream, list):
             stream = [{k: absolute(v) if k in paths else v for k, v in task.items()} for task in stream]
         return self.model_copy(update={"stream": absolute(stream), "model": absolute(self.model)})
 
@@ -191,12 +193,18 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> RunConf
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    for override in overrides or []:
+    return parse_config(apply_overrides(values, overrides or []), str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The values with `key=value` texts from the command line over them, each value read as YAML."""
+    changed = dict(values)
+    for override in overrides:
         key, separator, raw = override.partition("=")
         if not separator:
             raise UserError(f"command line: {override!r} is not key=value")
         try:
-            values[key.replace("-", "_")] = yaml.safe_load(raw)
+            changed[key.replace("-", "_")] = yaml.safe_load(raw)
         except yaml.YAMLError:
             raise UserError(f"command line: the value of {key!r} is not valid YAML: {raw!r}") from None
-    return parse_config(values, str(path))
+    return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lcia.adapters import AdapterPool
-from lcia.backbone.chat import encode_row, pad_left
+from lcia.adapters import Pool
+from lcia.backbone import encode_row, layout_of
 from lcia.files import write_text
 from lcia.grouping import Match
 from lcia.stream import SCORERS, Row, Task
@@ -30,35 +31,40 @@ class Decoding:
 
 @torch.no_grad()
 def generate_answers(
-    pool: AdapterPool,
+    pool: Pool,
     tokenizer: PreTrainedTokenizerBase,
-    group: str | None,
+    groups: Sequence[str | None],
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[str]:
-    """Greedy answers of one group's weights (None: the base model), in the order of `prompts`.
+    """Greedy answers, prompt i with the weights of groups[i] (None: the base model), in the order of `prompts`.
 
-    Batches hold prompts of like length, so that little is padding; padding is on the left.
+    Batches hold prompts of like length, so that little is padding. They mix groups where the pool's adapters can be
+    mixed; else each group has batches of its own.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    distinct = list(dict.fromkeys(groups))
+    parts = [list(range(len(prompts)))]
+    if not pool.can_mix(distinct):
+        parts = [[i for i, group in enumerate(groups) if group == one] for one in distinct]
     answers = [""] * len(prompts)
-    with pool.active(group) as model:
-        model.eval()
-        for start in range(0, len(order), decoding.batch_size):
-            chosen = order[start : start + decoding.batch_size]
-            input_ids = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id)  # (B, L)
-            attention_mask = pad_left([[1] * len(prompts[i]) for i in chosen], 0)
-            device = next(model.parameters()).device
-            output = model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                max_new_tokens=decoding.max_new_tokens,  # all else is the backbone's greedy generation_config
-            )  # (B, L + new)
-            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text.strip()
-            on_batch(len(chosen))
+    layout = layout_of(pool.model.config)
+    for part in parts:
+        order = sorted(part, key=lambda i: (len(prompts[i]), i))
+        single = len({groups[i] for i in part}) == 1
+        with pool.active(groups[part[0]]) if single else contextlib.nullcontext(pool.model) as model:
+            model.eval()
+            for start in range(0, len(order), decoding.batch_size):
+                chosen = order[start : start + decoding.batch_size]
+                asked = [prompts[i] for i in chosen]
+                options = {} if single else pool.mixed([groups[i] for i in chosen])
+                output = layout.generate(
+                    model, asked, tokenizer.pad_token_id, decoding.max_new_tokens, **options
+                )  # (B, new)
+                texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+                for i, text in zip(chosen, texts, strict=True):
+                    answers[i] = text.strip()
+                on_batch(len(chosen))
     return answers
 
 
@@ -111,7 +117,7 @@ class TaskResult:
 
 
 def evaluate_task(
-    pool: AdapterPool,
+    pool: Pool,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[Row],
@@ -123,7 +129,8 @@ def evaluate_task(
     """Answer and score `rows`, each with the weights of its own match."""
     scorer = SCORERS[task.scorer]
     prompts = [encode_row(tokenizer, row).prompt for row in rows]
-    fits = [len(prompt) + decoding.max_new_tokens <= decoding.max_length for prompt in prompts]
+    layout = layout_of(pool.model.config)
+    fits = [layout.fits(len(prompt), decoding.max_new_tokens, decoding) for prompt in prompts]
     predictions = [""] * len(rows)
     for group in dict.fromkeys(match.group for match in matches):
         mine = [i for i, match in enumerate(matches) if match.group == group and fits[i]]
@@ -134,7 +141,9 @@ def evaluate_task(
             None if group is None else pool.sha256(group),
             asked,
             decoding,
-            lambda group=group, asked=asked: generate_answers(pool, tokenizer, group, asked, decoding, on_batch),  # type: ignore[misc]
+            lambda group=group, asked=asked: generate_answers(
+                pool, tokenizer, [group] * len(asked), asked, decoding, on_batch
+            ),  # type: ignore[misc]
         )
         for i, answer in zip(mine, answers, strict=True):
             predictions[i] = answer

@@ -26,10 +26,11 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
     if placement.is_new:
         pool.add(placement.adapter, start=placement.start)
     untouched = {name: pool.sha256(name) for name in pool.names if name != placement.adapter}
-    pool.train_only(placement.adapter)
-    rows, left_out = _encode(session, method.feed(task.train))
+    pool.train_only(placement.adapter, placement.beneath)
+    rows, left_out = _encode(session, method.feed(task.train, placement))
     if left_out:
-        reporter.done(f"  {task.name}: {left_out} training rows exceed max_length {config.max_length}, left out")
+        limits = session.backbone.layout.limit_text(config)
+        reporter.done(f"  {task.name}: {left_out} training rows exceed {limits}, left out")
     arguments = config.training_arguments()
     if config.max_steps > 0:
         arguments["max_steps"] = config.max_steps * len(stage)
@@ -85,7 +86,8 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
 def _encode(session: Session, rows: Sequence[Row]) -> tuple[list[tuple[Row, Encoded]], int]:
     """The rows that fit with their token ids, and how many do not."""
     encoded = [(row, encode_row(session.backbone.tokenizer, row)) for row in rows]
-    fitting = [(row, ids) for row, ids in encoded if len(ids) <= session.config.max_length]
+    fits = session.backbone.layout.fits
+    fitting = [(row, ids) for row, ids in encoded if fits(len(ids.prompt), len(ids.answer), session.config)]
     return fitting, len(encoded) - len(fitting)
 
 
@@ -98,10 +100,12 @@ def _joined(stage: Sequence[Task]) -> Task:
 def model_card(session: Session, group: str) -> str:
     """README.md of an adapter in the pool."""
     tasks = [name for name, placement in session.placements.items() if placement.adapter == group]
+    beneath = next((placement.beneath for placement in session.placements.values() if placement.adapter == group), ())
+    stack = f"- learned on top of, and summed with: {', '.join(beneath)}\n" if beneath else ""
     method = yaml.safe_dump(session.config.method, default_flow_style=True).partition("\n")[0]
     return (
-        f"---\nbase_model: {session.config.model}\nlibrary_name: peft\n---\n\n# {group}\n\n"
-        f"LoRA adapter of one instruction group, trained by lcia {version('lcia')}.\n\n"
+        f"---\nbase_model: {session.config.model}\nlibrary_name: {session.pool.library}\n---\n\n# {group}\n\n"
+        f"{session.pool.kind} of one instruction group, trained by lcia {version('lcia')}.\n\n"
         f"- base model: {session.config.model}\n- tasks learned, in order: {', '.join(tasks)}\n- method: {method}\n"
-        f"- seed: {session.config.seed}\n"
+        f"- seed: {session.config.seed}\n{stack}"
     )

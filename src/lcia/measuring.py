@@ -59,8 +59,8 @@ def measure_row(
         for match in matches:
             counts[match.group or ""] = counts.get(match.group or "", 0) + 1
         placement = session.placements.get(task.name)
-        if with_oracle and placement is not None and set(counts) != {placement.adapter}:
-            perfect = [Match(placement.adapter, 1.0, {})] * len(rows)
+        if with_oracle and placement is not None and set(counts) != {placement.group}:
+            perfect = [Match(placement.group, 1.0, {})] * len(rows)
             oracle[task.name] = evaluate(task, rows, perfect).score
         else:
             oracle[task.name] = result.score

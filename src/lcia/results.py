@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lcia.adapters import stack_members
 from lcia.config import RunConfig
 from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics
@@ -92,7 +93,10 @@ def _routing(final: Mapping[str, Any], groups: Mapping[str, str | None]) -> dict
     """How the last row's requests were sent, against the group that learned each task."""
     confusion: Mapping[str, Mapping[str, int]] = final["routing"]
     asked = sum(sum(counts.values()) for counts in confusion.values())
-    right = sum(counts.get(groups[name] or "", 0) for name, counts in confusion.items())
+    right = 0
+    for name, counts in confusion.items():
+        # one stack of adapters answers for the tasks of all of them
+        right += sum(n for group, n in counts.items() if (groups[name] or "") in stack_members(group))
     return {
         "accuracy": 100.0 * right / asked,
         "oracle_avg_acc": sum(final["oracle"].values()) / len(final["oracle"]),

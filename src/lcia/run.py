@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lcia.backbone import cache_dir, load_backbone
 from lcia.checkpoint import clear_checkpoints
@@ -13,9 +13,8 @@ from lcia.config import RunConfig, load_config
 from lcia.errors import GateError, UserError
 from lcia.evaluation import AnswerCache
 from lcia.files import write_json, write_text
-from lcia.learning import learn_stage, model_card
+from lcia.learning import learn_stage
 from lcia.measuring import measure_row
-from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics, forgetting_by_task
 from lcia.progress import Reporter
 from lcia.results import assemble_results, library_versions, machine, method_name
@@ -29,6 +28,7 @@ from lcia.session import (
     current_stream,
     frozen_config,
     load_run_stream,
+    make_pool,
     open_session,
     require_same_config,
     rows_sha256,
@@ -47,13 +47,14 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     check_text_only(stream, config.model)
     folder = RunFolder(config.output_dir).require_free()
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-    check_lengths(stream.tasks, backbone.tokenizer, config.max_length)
+    check_lengths(stream.tasks, backbone.tokenizer, backbone.layout, config)
     check_target_modules(backbone, config.lora_target_modules)
+    make_pool(config, backbone)  # refuses now what would not fit once the run has begun
     with folder.lock():
         folder.require_free()  # another process may have begun here while the model was loading
         write_text(folder.config, config.as_yaml())
         _begin(folder, config, stream, backbone.fingerprint)
-        return _finish(open_session(folder, config, stream, backbone), reporter)
+        return finish(open_session(folder, config, stream, backbone), reporter)
 
 
 def _begin(folder: RunFolder, config: RunConfig, stream: Stream, base_sha256: str) -> None:
@@ -78,7 +79,7 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
         if not folder.records("run_began"):  # interrupted before its first line
             folder.cut_unconfirmed()
             _begin(folder, config, stream, backbone.fingerprint)
-        return _finish(open_session(folder, config, stream, backbone), reporter)
+        return finish(open_session(folder, config, stream, backbone), reporter)
 
 
 def extend(
@@ -106,7 +107,7 @@ def extend(
             began = folder.records("run_began")[0]["config"]
             require_same_config(began, wanted, str(config_file), ignored={"stream", "tasks", "output_dir"})
         stream = current_stream(folder, config)
-        if not _is_finished(folder, stream):
+        if not is_finished(folder, stream):
             raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
         source = str(Path(source).absolute()) if Path(source).exists() else source
         added = additional_stream(config, source, tasks)
@@ -115,11 +116,13 @@ def extend(
             raise UserError(f"{path}: task {min(taken)!r} was learned already; a new task needs a name of its own")
         check_text_only(added, config.model)
         backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-        check_lengths(added.tasks, backbone.tokenizer, config.max_length)
+        check_lengths(added.tasks, backbone.tokenizer, backbone.layout, config)
         session = open_session(folder, config, stream, backbone)
         if stream.tasks and len(session.method.schedule(stream.tasks)) == 1 < len(stream):
             raise UserError(f"{path}: method {method_name(config)} learns all tasks at once; start a new run")
-        session.stream = Stream(stream.name, (*stream.tasks, *added.tasks), (*stream.notes, *added.notes))
+        session.stream = session.fitted(
+            Stream(stream.name, (*stream.tasks, *added.tasks), (*stream.notes, *added.notes))
+        )
         folder.confirm(
             "extended",
             source=source,
@@ -127,7 +130,7 @@ def extend(
             data_sha256={task.name: rows_sha256(task) for task in added},
             versions=library_versions(),
         )
-        return _finish(session, reporter)
+        return finish(session, reporter)
 
 
 def rollback(path: Path, to: str, reporter: Reporter) -> dict[str, Any]:
@@ -148,91 +151,7 @@ def rollback(path: Path, to: str, reporter: Reporter) -> dict[str, Any]:
         folder.cut_unconfirmed()
         folder.confirm("rolled_back", to=to)
         backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-        return _finish(open_session(folder, config, current_stream(folder, config), backbone), reporter)
-
-
-def regroup(
-    path: Path,
-    action: Literal["rename", "merge", "split"],
-    group: str,
-    other: str,
-    reason: str,
-    reporter: Reporter,
-    tasks: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Change groups by hand; the reason goes into the ledger, and the last row is measured again.
-
-    rename: `group` is called `other`. merge: the requests of `group` go to the weights of `other`, its own are
-    dropped. split: `tasks` leave `group` for a new group `other`, which starts as a copy of its weights.
-
-    Raises:
-        UserError: the run is not finished, its method has no groups, or the names do not fit.
-    """
-    folder = RunFolder(path).require_run()
-    if not reason.strip():
-        raise UserError("a reason is needed: it goes into the ledger, for whoever reads it in a year")
-    with folder.lock():
-        config = frozen_config(folder)
-        stream = current_stream(folder, config)
-        if not _is_finished(folder, stream):
-            raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
-        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-        session = open_session(folder, config, stream, backbone)
-        codebook, pool = session.method.codebook, session.pool
-        if codebook is None:
-            raise UserError(f"{path}: method {method_name(config)} has no groups")
-        if group not in codebook.groups:
-            raise UserError(f"{path}: no group {group!r}; groups: {', '.join(codebook.groups)}")
-        if (other in codebook.groups) != (action == "merge"):
-            problem = f"no group {other!r} to merge into" if action == "merge" else f"a group {other!r} exists already"
-            raise UserError(f"{path}: {problem}; groups: {', '.join(codebook.groups)}")
-        moved = [name for name, placement in session.placements.items() if placement.adapter == group]
-        origin = {name: name for name in pool.names}  # adapter → whose weights and state it has
-        if action == "rename":
-            codebook.rename(group, other)
-            origin[other] = origin.pop(group)
-        elif action == "merge":
-            codebook.merge(group, other)
-            del origin[group]
-        else:
-            wrong = [name for name in tasks if name not in moved]
-            if wrong or not tasks or len(tasks) == len(moved):
-                raise UserError(f"{path}: split needs some, not all, of the tasks of {group!r}: {', '.join(moved)}")
-            members, moved = moved, list(tasks)
-            texts = {task.name: set(task.instructions) for task in stream}
-            leaving = set().union(*(texts[name] for name in moved))
-            staying = set().union(*(texts[name] for name in members if name not in moved))
-            if leaving & staying:
-                raise UserError(
-                    f"{path}: the instruction {min(leaving & staying)!r} belongs to tasks on both sides; requests with "
-                    "it could not be told apart"
-                )
-            codebook.split(group, other, [text for text in codebook.groups[group] if text in leaving])
-            origin[other] = group
-        for name, source in origin.items():
-            if name not in pool.names:
-                pool.add(name, start=source)
-        for name in [name for name in pool.names if name not in origin]:
-            pool.remove(name)
-        session.method.adapters_changed(origin)
-        for name in moved:
-            session.placements[name] = Placement(other, is_new=False)
-        count = len(folder.records("groups_changed")) + 1
-        stage = f"{stream[len(stream) - 1].name}.groups-{count}"
-        files = folder.save_snapshot(stage, pool, session.method, lambda name: model_card(session, name))
-        folder.confirm(
-            "groups_changed",
-            stage=stage,
-            action=action,
-            group=group,
-            other=other,
-            tasks=moved,
-            reason=reason,
-            placements={name: vars(session.placements[name]) for name in moved},
-            sha256={name: pool.sha256(name) for name in pool.names},
-            files=files,
-        )
-        return _finish(session, reporter)
+        return finish(open_session(folder, config, current_stream(folder, config), backbone), reporter)
 
 
 def measure_again(
@@ -262,7 +181,7 @@ def measure_again(
     folder = RunFolder(path).require_run()
     config = frozen_config(folder)
     stream = current_stream(folder, config)
-    if not _is_finished(folder, stream):
+    if not is_finished(folder, stream):
         raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
     if source is not None and all_rows:
         raise UserError("eval: rows of the matrix are defined for the run's own tasks; leave out --all-rows or --data")
@@ -279,6 +198,7 @@ def measure_again(
     session = open_session(
         folder, config, stream, load_backbone(config.model, config.dtype, config.attn_implementation)
     )
+    asked = list(session.fitted(Stream("asked", tuple(asked))))
     plan = _stages(session)
     name = split if source is None else f"{Path(source).stem}-{split}"
     target = folder.path / "evaluations" / name
@@ -294,7 +214,7 @@ def measure_again(
                 session.go_to(snapshots[number - 1] if number else None)
             else:
                 session.go_to(folder.snapshots()[-1] if folder.snapshots() else None)
-            seen = asked if last or row == 0 else [task for task in asked if task in stream.tasks[: row + 1]]
+            seen = asked if last or row == 0 else [task for task in asked if task in session.stream.tasks[: row + 1]]
             measured.append(measure_row(session, cache, row, seen, split, target, reporter, with_oracle=last))
             reporter.row(row, measured[-1]["scores"])
     names = [task.name for task in asked]
@@ -336,9 +256,10 @@ def require_little_forgetting(results: Mapping[str, Any], limit: float, per_task
         raise GateError(f"forgetting over the budget of {limit:g} points: {what}: {tasks or 'none alone'}")
 
 
-def _is_finished(folder: RunFolder, stream: Stream) -> bool:
-    rows = folder.rows()
-    return len(stream) in rows and set(rows[len(stream)]["scores"]) >= {task.name for task in stream}
+def is_finished(folder: RunFolder, stream: Stream) -> bool:
+    names = {task.name for task in stream}
+    rows = folder.rows(names)
+    return len(stream) in rows and set(rows[len(stream)]["scores"]) == names
 
 
 def _stages(session: Session) -> list[tuple[int, tuple[Task, ...]]]:
@@ -357,13 +278,20 @@ def _is_sequential(session: Session) -> bool:
     return session.method.schedule(tasks) == [(task,) for task in tasks]
 
 
-def _finish(session: Session, reporter: Reporter) -> dict[str, Any]:
+def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
     """Do what the ledger does not yet hold: learn each stage, measure each cell, write the results."""
     config, folder, tasks = session.config, session.folder, list(session.stream)
-    folder.tidy()
-    rows = folder.rows()
+    names = [task.name for task in tasks]
+    plan = _stages(session)
+
+    def measured() -> dict[int, dict[str, Any]]:
+        # a run without stages that was extended has an old last row that is none of the longer one's
+        return {row: cells for row, cells in folder.rows(names).items() if row in dict(plan)}
+
+    folder.tidy(names)
+    rows = measured()
     title = f"{method_name(config)} · {config.model} · {len(tasks)} tasks → {folder.path}"
-    reporter.start_run(title, [task.name for task in tasks])
+    reporter.start_run(title, names)
     for note in [*session.stream.notes, *_drifted_versions(folder)]:
         reporter.done(f"  note: {note}")
     for row in sorted(rows):
@@ -371,21 +299,20 @@ def _finish(session: Session, reporter: Reporter) -> dict[str, Any]:
 
     cache = AnswerCache(cache_dir() / "answers", session.engine())
     finished = len(folder.records("stage_learned"))
-    for row, stage in _stages(session):
+    for row, stage in plan:
         if stage and finished:
             finished -= 1
         elif stage:
             learn_stage(session, stage, reporter)
         # After task j the next one is measured too: how well it goes untaught is forward transfer.
         seen = tasks if row == 0 else tasks[: row + 1]
-        measured = rows[row]["scores"] if row in rows else {}
-        missing = [task for task in seen if task.name not in measured]
+        missing = [task for task in seen if row not in rows or task.name not in rows[row]["scores"]]
         if missing:
             split, target = config.eval_split, folder.path / "predictions"
             is_last = row == len(tasks)
             facts = measure_row(session, cache, row, missing, split, target, reporter, with_oracle=is_last)
             folder.confirm("row_measured", **facts)
-            rows = folder.rows()
+            rows = measured()
             reporter.row(row, rows[row]["scores"])
 
     results = assemble_results(

@@ -23,7 +23,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lcia.adapters import AdapterPool
+from lcia.adapters import Pool
 from lcia.errors import UserError
 from lcia.files import append_json_line, file_sha256, sync_folder, write_json, write_text
 from lcia.methods import Combined
@@ -74,9 +74,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer at a time. The operating system lets the lock go with its process, however that ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        """One writer at a time. The operating system lets the lock go with its process, however that ends.
+
+        Raises:
+            UserError: another process has it, or nothing can be written here.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"{self.path}: nothing can be written here: {error.strerror}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -119,8 +127,9 @@ class RunFolder:
         """The lines that have a folder in history/, oldest first."""
         return self.records("stage_learned", "groups_changed")
 
-    def rows(self) -> dict[int, dict[str, Any]]:
-        """The measured rows of the matrix: several lines of one row are its cells, measured at different times.
+    def rows(self, tasks: Collection[str]) -> dict[int, dict[str, Any]]:
+        """The measured rows of the matrix, their cells of `tasks`: several lines of one row were measured at
+        different times, and a task that was rolled back has left cells in the rows before it.
 
         A change of the groups by hand makes the last row a thing of the past.
         """
@@ -131,7 +140,8 @@ class RunFolder:
                 continue
             row = rows.setdefault(record["row"], {"row": record["row"]})
             for key in ("scores", "routing", "oracle", "too_long"):
-                row[key] = {**row.get(key, {}), **record[key]}
+                cells = {task: value for task, value in record[key].items() if task in tasks}
+                row[key] = {**row.get(key, {}), **cells}
             for key in ("eval_s", "evaluations_run", "evaluations_reused"):
                 row[key] = row.get(key, 0) + record[key]
             row["peak_memory_mib"] = max(row.get("peak_memory_mib", 0.0), record["peak_memory_mib"])
@@ -150,9 +160,14 @@ class RunFolder:
         if text and not text.endswith("\n"):
             write_text(self._ledger, text[: text.rfind("\n") + 1])
 
-    def tidy(self) -> None:
+    def tidy(self, tasks: Collection[str]) -> None:
         """Remove what no line of the ledger names, and let pool/ show the last snapshot."""
         self.cut_unconfirmed()
+        for partial in [*self.path.rglob(".*.part")]:  # of a process that was killed while it wrote
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)
         snapshots = self.snapshots()
         known = {record["stage"] for record in snapshots}
         if self._history.is_dir():
@@ -161,23 +176,32 @@ class RunFolder:
                     shutil.rmtree(folder)
         if snapshots:
             self.publish(snapshots[-1]["stage"])
-        learned = len(self.records("stage_learned"))
-        for folder in (self.path / "predictions").glob("*"):
-            if folder.name.isdigit() and int(folder.name) > max(learned, *self.rows(), 0):
-                shutil.rmtree(folder)
+        measured = {(str(row), task) for row, cells in self.rows(tasks).items() for task in cells["scores"]}
+        for file in (self.path / "predictions").glob("*/*.jsonl"):
+            if (file.parent.name, file.stem) not in measured:
+                file.unlink()
+                if not any(file.parent.iterdir()):
+                    file.parent.rmdir()
+        if self.training_log.is_file():
+            for task in {json.loads(line)["task"] for line in self._logged()} - known:
+                self.forget_log_of(task)
+
+    def _logged(self) -> list[str]:
+        """The whole lines of the training log; a crash may have cut its last one."""
+        lines = self.training_log.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]
 
     def forget_log_of(self, task: str) -> None:
-        """Remove the training log of a task that was interrupted."""
+        """Remove the training log of a task that was interrupted or rolled back."""
         if self.training_log.is_file():
-            lines = self.training_log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["task"] != task]
-            if kept != lines:
-                write_text(self.training_log, "".join(kept))
+            kept = "".join(line for line in self._logged() if json.loads(line)["task"] != task)
+            if kept != self.training_log.read_text(encoding="utf-8"):
+                write_text(self.training_log, kept)
 
     # --- snapshots
 
     def save_snapshot(
-        self, stage: str, pool: AdapterPool, method: Combined, model_card: Callable[[str], str]
+        self, stage: str, pool: Pool, method: Combined, model_card: Callable[[str], str]
     ) -> dict[str, str]:
         """Write history/STAGE, complete or not at all.
 
@@ -219,8 +243,15 @@ class RunFolder:
         if (source / "codebook.json").is_file():
             write_text(self.path / "codebook.json", (source / "codebook.json").read_text(encoding="utf-8"))
 
-    def load_snapshot(self, record: Mapping[str, Any], pool: AdapterPool, method: Combined) -> None:
-        """Load what `save_snapshot` wrote, each file checked against the hash in its ledger line.
+    def load_snapshot(self, record: Mapping[str, Any], pool: Pool, method: Combined) -> None:
+        """Load what `save_snapshot` wrote. Raises UserError as `check_snapshot` does."""
+        folder = self.check_snapshot(record)
+        for name in record["sha256"]:
+            pool.load(name, folder / name)
+        _load_method(method, folder)
+
+    def check_snapshot(self, record: Mapping[str, Any]) -> Path:
+        """The folder of a snapshot, each file compared with the hash in its ledger line.
 
         Raises:
             UserError: a file is missing or was altered.
@@ -232,9 +263,7 @@ class RunFolder:
                 raise UserError(f"{path}: missing; restore it from a copy or start a new run")
             if file_sha256(path) != digest:
                 raise UserError(f"{path}: its content is not what the ledger recorded; restore it from a copy")
-        for name in record["sha256"]:
-            pool.load(name, folder / name)
-        _load_method(method, folder)
+        return folder
 
 
 def _link_or_copy(source: str, target: str) -> None:

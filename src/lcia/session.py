@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lcia.adapters import AdapterPool
-from lcia.backbone import Backbone, encode_row, load_backbone
+from lcia.adapters import Pool
+from lcia.backbone import Backbone, Layout, encode_row, fit_demonstrations, load_backbone
 from lcia.config import RunConfig, load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
@@ -33,7 +33,7 @@ class Session:
     config: RunConfig
     stream: Stream
     backbone: Backbone
-    pool: AdapterPool
+    pool: Pool
     method: Combined
     placements: dict[str, Placement] = field(default_factory=dict)  # task name → where it was learned
 
@@ -57,6 +57,10 @@ class Session:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
+    def fitted(self, stream: Stream) -> Stream:
+        """The stream with prompts that fit the model, where they have demonstrations to do without."""
+        return fit_demonstrations(stream, self.backbone.tokenizer, self.backbone.layout, self.config)
+
     def go_to(self, snapshot: dict[str, Any] | None) -> None:
         """Method and pool as the ledger's line `snapshot` left them; None: before anything was learned."""
         self.method = build_method(self.config.method_parts())
@@ -77,20 +81,31 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
             f"{folder.path}: the weights of model {config.model} are not those the run began with; its adapters "
             "belong to the old ones"
         )
-    lora = {
-        "r": config.lora_r,
-        "lora_alpha": config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_r,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": config.lora_target_modules,
-    }
-    pool = AdapterPool(backbone.model, lora, config.model, config.seed)
-    session = Session(folder, config, stream, backbone, pool, build_method(config.method_parts()))
+    session = Session(
+        folder, config, stream, backbone, make_pool(config, backbone), build_method(config.method_parts())
+    )
+    session.stream = session.fitted(stream)
     snapshots = folder.snapshots()
     session.go_to(snapshots[-1] if snapshots else None)
     for record in snapshots:
         for task, placement in record["placements"].items():
             session.placements[task] = Placement(**placement)
     return session
+
+
+def make_pool(config: RunConfig, backbone: Backbone) -> Pool:
+    """The empty pool of the configuration's method.
+
+    Raises:
+        UserError: the method's adapters do not fit the model, or the lora_* keys do not fit the method.
+    """
+    lora = {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_r,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": config.lora_target_modules,
+    }
+    return build_method(config.method_parts()).make_pool(backbone, lora, config.seed)
 
 
 def open_run(path: Path) -> Session:
@@ -208,11 +223,12 @@ def check_text_only(stream: Stream, model: str) -> None:
                     raise UserError(f"{row.source}: an image row, and model {model!r} reads text only")
 
 
-def check_lengths(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def check_lengths(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, layout: Layout, config: RunConfig) -> None:
     """Raises UserError before any training for a task of which no row fits."""
     for task in tasks:
-        if not any(len(encode_row(tokenizer, row)) <= max_length for row in task.train):
-            raise UserError(f"task {task.name!r}: no training row fits max_length {max_length}; raise it")
+        encoded = (encode_row(tokenizer, row.with_demonstrations(0)) for row in task.train)
+        if not any(layout.fits(len(ids.prompt), len(ids.answer), config) for ids in encoded):
+            raise UserError(f"task {task.name!r}: no training row fits {layout.limit_text(config)}; raise it")
 
 
 def check_target_modules(backbone: Backbone, targets: str | list[str]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lcia.backbone import Encoded, answer_loss, collate
+from lcia.backbone import Encoded, answer_logits, collate
 from lcia.checkpoint import Checkpoint, load_trained, mark_complete, save_trained
 from lcia.methods import Method, Placement, Training
 from lcia.stream import Row, Task
@@ -127,14 +129,24 @@ class TaskTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        loss = answer_loss(model, inputs, num_items_in_batch)
+        logits, targets = answer_logits(model, inputs)
+        tokens = num_items_in_batch  # of the whole optimizer step
         if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
-        penalty = self._method.penalty(inputs)
+            tokens = tokens / self.accelerator.num_processes  # gradients are averaged over processes
+        loss = cross_entropy(logits, targets, reduction="sum") / tokens
+        micro_batches = self.current_gradient_accumulation_steps
+        penalty = self._method.penalty({**inputs, "answer_logits": logits, "answer_tokens": tokens / micro_batches})
         if penalty is not None:
             # once per optimizer step, however many micro-batches share it
-            loss = loss + penalty / self.current_gradient_accumulation_steps
+            loss = loss + penalty / micro_batches
         return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, OSError, SafetensorError) as error:  # torch says "iostream error" of a full disk
+            where = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+            raise OSError(f"{where} could not be written ({error}): is the disk full?") from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The trained weights alone: the base model and other adapters do not change, and lie elsewhere."""

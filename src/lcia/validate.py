@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lcia.backbone.chat import encode_row
-from lcia.backbone.loading import find_model, load_tokenizer
+from lcia.backbone import encode_row, fit_demonstrations
+from lcia.backbone.loading import find_model, load_layout, load_tokenizer
 from lcia.config import RunConfig
 from lcia.grouping import Codebook
 from lcia.methods import build_method
@@ -22,11 +22,14 @@ def validate_config(config: RunConfig) -> StreamSummary:
     stream = load_run_stream(config)
     check_text_only(stream, config.model)
     codebook = build_method(config.method_parts()).codebook
-    tokenizer = load_tokenizer(find_model(config.model), config.model)
-    check_lengths(stream.tasks, tokenizer, config.max_length)
+    where = find_model(config.model)
+    tokenizer = load_tokenizer(where, config.model)
+    layout = load_layout(where, config.model)
+    check_lengths(stream.tasks, tokenizer, layout, config)
+    stream = fit_demonstrations(stream, tokenizer, layout, config)
     return describe(
         stream,
-        count_tokens=lambda row: len(encode_row(tokenizer, row)),
+        count_tokens=lambda row: layout.length(encode_row(tokenizer, row)),
         max_length=config.max_length,
         groups=None if codebook is None else planned_groups(stream, codebook),
     )
@@ -38,9 +41,15 @@ def validate_folder(folder: Path, model: str | None = None) -> StreamSummary:
     groups = planned_groups(stream, Codebook())
     if model is None:
         return describe(stream, groups=groups)
-    tokenizer = load_tokenizer(find_model(model), model)
+    where = find_model(model)
+    tokenizer, layout = load_tokenizer(where, model), load_layout(where, model)
     limit = RunConfig.model_fields["max_length"].default
-    return describe(stream, count_tokens=lambda row: len(encode_row(tokenizer, row)), max_length=limit, groups=groups)
+    return describe(
+        stream,
+        count_tokens=lambda row: layout.length(encode_row(tokenizer, row)),
+        max_length=limit,
+        groups=groups,
+    )
 
 
 def planned_groups(stream: Stream, codebook: Codebook) -> dict[str, tuple[str, float | None]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from lcia.adapters.base import Pool
+from lcia.backbone.layout import layout_of
 from lcia.backbone.loading import weights_sha256
 from lcia.errors import UserError
 from lcia.seeds import stable_seed
@@ -23,13 +26,29 @@ from lcia.seeds import stable_seed
 WEIGHTS_FILE = "adapter_model.safetensors"
 # PEFT keeps adapters in ModuleDicts, where names such as `train` or `update` are taken.
 _PREFIX = "group_"
+_AND = "+"
 
 
-class AdapterPool:
+def stack_name(adapters: Sequence[str]) -> str:
+    """The one name of adapters that are active together, their increments summed: `a+b+c`."""
+    return _AND.join(adapters)
+
+
+def stack_members(name: str) -> list[str]:
+    """The adapters that a name joins; an adapter's own name is a stack of one."""
+    return name.split(_AND)
+
+
+class AdapterPool(Pool):
     """Named LoRA adapters (arXiv 2106.09685) on a frozen model; at most one is trained at a time.
+
+    `active` and `sha256` take a stack's name (`stack_name`) as well.
 
     The base stays in its own dtype, adapters are fp32: averages and small updates need the digits.
     """
+
+    library = "peft"
+    kind = "LoRA adapter"
 
     def __init__(self, base: PreTrainedModel, lora: dict[str, Any], base_name: str, seed: int = 0) -> None:
         self._base = base
@@ -51,7 +70,9 @@ class AdapterPool:
         """A new adapter: with the weights of `start`, else random A and zero B (the base model's function)."""
         if name in self.names:
             raise ValueError(f"adapter {name!r} exists already")
-        config = LoraConfig(task_type="CAUSAL_LM", **self._lora)
+        if _AND in name:
+            raise UserError(f"adapter {name!r}: {_AND!r} joins the names of adapters; choose a name without it")
+        config = LoraConfig(task_type=layout_of(self._base.config).peft_task, **self._lora)
         # The start must not depend on what was drawn before, or a longer stream would differ from a shorter one.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT asks transformers under a name that transformers has renamed; nothing a user could do.
@@ -70,6 +91,7 @@ class AdapterPool:
         assert self._peft is not None
         if len(self.names) == 1:
             raise ValueError(f"adapter {name!r} is the pool's last one")
+        self._peft.set_adapter(_PREFIX + next(other for other in self.names if other != name))
         self._peft.delete_adapter(_PREFIX + name)
 
     def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
@@ -92,14 +114,13 @@ class AdapterPool:
         for key, parameter in self.parameters(name).items():
             parameter.copy_(state[belongs.sub(r"\1", key)])
 
-    def train_only(self, name: str) -> dict[str, torch.nn.Parameter]:
-        """Make `name` the active adapter and the only thing that trains; checked, not assumed.
+    def train_only(self, name: str, beneath: Sequence[str] = ()) -> dict[str, torch.nn.Parameter]:
+        """Make `name` the only thing that trains, active on top of the frozen adapters `beneath`; checked, not assumed.
 
         Returns its parameters.
         """
-        self._require(name)
+        self._activate([*beneath, name])
         assert self._peft is not None
-        self._peft.set_adapter(_PREFIX + name)
         mine = self.parameters(name)
         for key, parameter in self._peft.named_parameters():
             parameter.requires_grad_(key in mine)
@@ -110,20 +131,42 @@ class AdapterPool:
 
     @contextlib.contextmanager
     def active(self, name: str | None) -> Iterator[PeftModel | PreTrainedModel]:
-        """The model answering with adapter `name`; None is the base model, bit for bit."""
+        """The model answering with adapter `name`, or with a stack; None is the base model, bit for bit."""
         if self._peft is None or name is None:
             if name is not None:
                 self._require(name)
             with contextlib.nullcontext() if self._peft is None else self._peft.disable_adapter():
                 yield self.model
             return
-        self._require(name)
-        self._peft.set_adapter(_PREFIX + name)
+        self._activate(stack_members(name))
         yield self._peft
 
+    def can_mix(self, names: Collection[str | None]) -> bool:
+        return all(name is None or len(stack_members(name)) == 1 for name in names)
+
+    def mixed(self, names: Sequence[str | None]) -> dict[str, Any]:
+        if not self.can_mix(names):
+            return super().mixed(names)
+        for name in names:
+            if name is not None:
+                self._require(name)
+        if self._peft is None:
+            return {}
+        return {"adapter_names": ["__base__" if name is None else _PREFIX + name for name in names]}
+
+    def _activate(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._require(name)
+        assert self._peft is not None
+        # The outer model knows one active adapter, its layers sum all of theirs. Both let every active one train.
+        self._peft.set_adapter(_PREFIX + names[-1])
+        if len(names) > 1:
+            self._peft.base_model.set_adapter([_PREFIX + name for name in names])
+
     def sha256(self, name: str) -> str:
-        """Content hash of one adapter's weights, independent of its name."""
-        return weights_sha256(self._state(name))
+        """Content hash of an adapter's weights, independent of its name; of a stack, over its adapters in order."""
+        hashes = [weights_sha256(self._state(member)) for member in stack_members(name)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def save(self, name: str, folder: Path) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json`: plain PEFT loads the folder."""

@@ -2,19 +2,25 @@
 
 from lcia.backbone.cache import cache_dir
 from lcia.backbone.chat import Encoded, collate, encode_row
-from lcia.backbone.loading import BUILT_IN, Backbone, find_model, load_backbone, resolve_paths
+from lcia.backbone.demonstrations import fit_demonstrations
+from lcia.backbone.layout import Layout, layout_of
+from lcia.backbone.loading import BUILT_IN, Backbone, find_model, load_backbone, load_layout, resolve_paths
 from lcia.backbone.loss import answer_logits, answer_loss
 
 __all__ = [
     "BUILT_IN",
     "Backbone",
     "Encoded",
+    "Layout",
     "answer_logits",
     "answer_loss",
     "cache_dir",
     "collate",
     "encode_row",
     "find_model",
+    "fit_demonstrations",
+    "layout_of",
     "load_backbone",
+    "load_layout",
     "resolve_paths",
 ]

@@ -1,7 +1,8 @@
 """Rows to token ids: the model's own chat template, loss on the answer only, left padding.
 
 Left padding puts every answer at the right edge, so that a batch needs logits for its last few
-positions only, and training and generation share one layout.
+positions only, and training and generation share one layout. An encoder-decoder takes prompt and
+answer apart again (layout.py): whatever makes or reads batches need not know which kind of model it serves.
 
 Shapes: B rows, L padded tokens, A padded answer tokens + 1.
 """
@@ -31,9 +32,12 @@ class Encoded:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> str:
-    """The text the model sees before its answer. A tokenizer without a chat template gets plain lines."""
+    """The text the model sees before its answer. A tokenizer without a chat template gets plain lines.
+
+    Text that ends in white space has been made to be answered right there ("... Output: "), and stays as it is.
+    """
     if tokenizer.chat_template is None:
-        return "".join(f"{text}\n" for _, text in messages)
+        return "".join(text if text[-1:].isspace() else f"{text}\n" for _, text in messages)
     turns = [{"role": role, "content": text} for role, text in messages]
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
@@ -66,6 +70,12 @@ def pad_left(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """(B, L) token ids, shorter sequences filled with `value` on the left."""
     length = max(len(sequence) for sequence in sequences)
     return torch.tensor([[value] * (length - len(sequence)) + list(sequence) for sequence in sequences])
+
+
+def pad_right(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """(B, L) token ids, shorter sequences filled with `value` on the right."""
+    length = max(len(sequence) for sequence in sequences)
+    return torch.tensor([[*sequence, *[value] * (length - len(sequence))] for sequence in sequences])
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:

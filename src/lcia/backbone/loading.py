@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from lcia.backbone.cache import cache_dir
+from lcia.backbone.layout import ENCODER_DECODER, Layout, layout_of
 from lcia.errors import UserError, did_you_mean
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -46,12 +46,16 @@ BUILT_IN = {"smollm2-135m": _smollm2_gguf}
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen decoder-only model with its tokenizer."""
+    """A frozen language model, decoder-only or encoder-decoder, with its tokenizer."""
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str  # sha256 of the weights: predictions are only reused under the same one
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.model.config)
 
     @property
     def pad_id(self) -> int:
@@ -101,35 +105,68 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = resolve_paths(dtype, attn_implementation, device)
     tokenizer = load_tokenizer(where, name)
+    layout = load_layout(where, name)
     try:
-        config = AutoConfig.from_pretrained(where)
-        if config.model_type in _not_decoder_only(config):
-            raise UserError(f"model {name}: {config.model_type} is not a decoder-only language model")
-        model = AutoModelForCausalLM.from_pretrained(
+        model = layout.auto_model.from_pretrained(
             where,
             dtype=getattr(torch, settings["dtype"]),
             attn_implementation=settings["attn_implementation"],
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    for argument in ("position_ids", "logits_to_keep"):
-        if argument not in signature(model.forward).parameters:
-            raise UserError(f"model {name}: {config.model_type} takes no {argument}, which training here needs")
+    _check_trainable(model, layout, name)
     model.generation_config = _greedy(model, tokenizer)
     model.requires_grad_(False)
     model.eval().to(device)
     return Backbone(name, model, tokenizer, weights_sha256(dict(model.named_parameters())))
 
 
+def load_layout(where: str, name: str) -> Layout:
+    """Which kind of language model lies at `where`, a folder or hub id that the user called `name`.
+
+    Raises:
+        UserError: it is no language model that answers a prompt.
+    """
+    try:
+        config = AutoConfig.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    layout = layout_of(config)
+    if type(config) not in layout.models:
+        raise UserError(
+            f"model {name}: {config.model_type} is not a language model that can be trained here, neither decoder-only "
+            "(as Llama, Qwen) nor encoder-decoder (as T5)"
+        )
+    return layout
+
+
+def _check_trainable(model: PreTrainedModel, layout: Layout, name: str) -> None:
+    kind = model.config.model_type
+    if layout is ENCODER_DECODER:
+        if _start_token(model) is None:
+            raise UserError(f"model {name}: {kind} names no decoder_start_token_id, with which every answer starts")
+        return
+    for argument in ("position_ids", "logits_to_keep"):
+        if argument not in signature(model.forward).parameters:
+            raise UserError(f"model {name}: {kind} takes no {argument}, which training here needs")
+
+
+def _start_token(model: PreTrainedModel) -> int | None:
+    """The token with which an encoder-decoder starts every answer."""
+    start: int | None = getattr(model.config, "decoder_start_token_id", None)  # some configurations lack the field
+    return start
+
+
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Plain greedy decoding. A model's own defaults (sampling, repetition penalty) would leak into every evaluation;
-    only its tokens that end an answer are kept, beside the tokenizer's."""
+    only its tokens that end an answer are kept, beside the tokenizer's, and the one that starts it."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return GenerationConfig(
         do_sample=False,
         eos_token_id=list(dict.fromkeys(end for end in ends if end is not None)),
         pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=_start_token(model),
     )
 
 
@@ -163,10 +200,6 @@ def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _not_decoder_only(config: Any) -> tuple[str, ...]:
-    return (config.model_type,) if getattr(config, "is_encoder_decoder", False) else ()
 
 
 def _dequantised(gguf: Path) -> Path:

@@ -5,28 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch.nn.functional import cross_entropy
 
-from lcia.backbone.chat import IGNORED
+from lcia.backbone.layout import layout_of
 
 
 def answer_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, V) logits in fp32 and (N,) targets of the N answer tokens of a batch from `collate`.
-
-    Logits are computed for the right edge only: prompt positions have no loss, and the vocabulary
-    projection is a large part of a small model's step.
-    """
-    labels = batch["labels"]  # (B, A)
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"],
-        logits_to_keep=labels.shape[1],
-        use_cache=False,
-    ).logits  # (B, A, V)
-    targets = labels[:, 1:]
-    kept = targets != IGNORED
-    return logits[:, :-1][kept].float(), targets[kept]
+    """(N, V) logits in fp32 and (N,) targets of the N answer tokens of a batch from `collate`, row after row."""
+    return layout_of(extract_model_from_parallel(model).config).answer_logits(model, batch)
 
 
 def answer_loss(

@@ -36,6 +36,7 @@ class _Step:
     weights: list[Tensor]  # θ_t
     gradients: list[Tensor]  # g_t
     present: Tensor  # (n,) 1 where there is a gradient, 0 where it is missing
+    moves: Tensor  # (n,) 1 where θ* moves: nowhere while it rests, else where there is a gradient
     squares: list[Tensor]  # the optimizer's running means of g²; empty where they are not read
     correction: Tensor | None  # (R, 1) what makes F_new / λ of a running mean of g²
 
@@ -66,6 +67,9 @@ class DynamicEMA:
             nothing is protected, θ* follows θ.
         examples_per_gradient: how many examples a gradient is the mean of (batch × accumulation × processes).
         retained: instead of `fallback`: the share of the start point that is left after total_steps.
+        rest: share of total_steps, in [0, 1), for which θ* rests at its start before it begins to move. `retained`
+            and `fisher` reach the same Π β in the steps that are left, so that the average holds less of the weights
+            from early in the task, when they had learned little.
         per: one β per "element", "tensor" or "layer" (the tensors of one module). None: as the rule has it.
         grad_dtype: dtype in which g_{t−1} is kept; torch.bfloat16 halves it. None: fp32.
         strength: λ, how much F_old weighs against F_new.
@@ -93,6 +97,7 @@ class DynamicEMA:
         examples_per_gradient: float = 1,
         *,
         retained: float | None = None,
+        rest: float = 0.0,
         per: str | None = None,
         grad_dtype: torch.dtype | None = None,
         strength: float = 1.0,
@@ -107,6 +112,7 @@ class DynamicEMA:
         reads = self._rule.reads
         self.per = self._checked_per(per)
         self.total_steps = total_steps
+        self.rest_steps = self._checked_rest(rest)
         self.fallback = self._checked_fallback(fallback, retained)
         self.examples_per_gradient = examples_per_gradient
         if "curvature" in reads:
@@ -156,7 +162,7 @@ class DynamicEMA:
             "observed": zeros.clone(),  # how many gradients the running mean of squares has seen
             "beta": zeros + 1,  # of the last step
             "retained": zeros + 1,  # Π β
-            "moved": zeros.clone(),  # steps with a gradient
+            "moved": zeros.clone(),  # steps in which it moved
             "fell_back": zeros.clone(),  # of these, with the fallback: a fraction where β is per element
             "missing": zeros.clone(),  # steps without a gradient
         }
@@ -220,7 +226,8 @@ class DynamicEMA:
         squares, correction = self._squared_gradients()
         if correction is not None:
             correction = correction / self.strength
-        now = _Step(weights, gradients, present, squares, correction)
+        moves = torch.zeros_like(present) if self.steps < self.rest_steps else present
+        now = _Step(weights, gradients, present, moves, squares, correction)
         norms = self._norms(now)
         bad_gradient = self._refuse_nonfinite(norms)
         if self._followed is None:
@@ -231,9 +238,9 @@ class DynamicEMA:
         memory = self._memory
         memory["beta"] = beta
         memory["retained"] = retained
-        memory["moved"] += present
+        memory["moved"] += moves
         memory["missing"] += 1 - present
-        memory["fell_back"] += torch.maximum(fell_back, bad_gradient) * present
+        memory["fell_back"] += torch.maximum(fell_back, bad_gradient) * moves
         memory["seen"] = torch.maximum(memory["seen"], present)
         if "previous_offset" in self._rule.reads:
             memory["offset"] = torch.where(present > 0, beta * norms["offset"], memory["offset"])
@@ -305,7 +312,7 @@ class DynamicEMA:
                 usable &= self._memory["seen"] > 0
             move = torch.where(usable, move, 1 - self.fallback)
             fell_back = (~usable).to(move)
-        move = move * now.present
+        move = move * now.moves
         row_move = self._layout.spread(move.float())  # (R, 1)
         for block in self._layout.blocks:
             weights = self._weights_scratch.fill(block, now.weights)
@@ -317,7 +324,7 @@ class DynamicEMA:
     def _move_elements(self, now: _Step, followed: Followed) -> tuple[Tensor, Tensor, Tensor]:
         """One β per element. Returns the means of β, of whether it fell back, and of Π β, each (n,)."""
         sums = self._layout.row_sums(2)  # (2, R)
-        present = self._layout.spread(now.present.float())  # (R, 1)
+        moves = self._layout.spread(now.moves.float())  # (R, 1)
         seen = self._layout.spread(self._memory["seen"] > 0)  # (R, 1)
         for block in self._layout.blocks:
             moment = self._moment(block, now)
@@ -327,7 +334,7 @@ class DynamicEMA:
                 usable = (move > 0) & (move < 1) & seen[block.rows]
                 move = torch.where(usable, move, 1 - self.fallback)
                 torch.sum(block.clear_padding((~usable).float()), 1, out=sums[1, block.rows])
-            move = block.clear_padding(move.mul_(present[block.rows]))
+            move = block.clear_padding(move.mul_(moves[block.rows]))
             torch.sum(move, 1, out=sums[0, block.rows])
             followed.multiply(block, move)
             moment.average.lerp_(moment.weights, move)
@@ -340,7 +347,7 @@ class DynamicEMA:
 
     def _arguments(self, reads: dict[str, Tensor]) -> dict[str, Any]:
         """What the rule reads, of what there is, and the two numbers."""
-        offered = {**reads, "fallback": self.fallback, "exponent": 1 / (self.total_steps or 1)}
+        offered = {**reads, "fallback": self.fallback, "exponent": 1 / self._moving_steps}
         return {name: offered[name] for name in self._rule.reads}
 
     def _refuse_nonfinite(self, norms: dict[str, Tensor]) -> Tensor:  # (n,)
@@ -570,7 +577,19 @@ class DynamicEMA:
             return fallback
         if self.total_steps is None:
             raise ValueError("retained is the share of the start point left after total_steps: give those too")
-        return constant_retaining(retained, self.total_steps)
+        return constant_retaining(retained, self._moving_steps)
+
+    def _checked_rest(self, rest: float) -> int:
+        if not 0 <= rest < 1:
+            raise ValueError(f"rest is {rest}, it must lie in [0, 1)")
+        if rest and self.total_steps is None:
+            raise ValueError("rest is a share of total_steps: give those too")
+        # the last step always moves
+        return min(int(rest * self.total_steps), self.total_steps - 1) if rest and self.total_steps else 0
+
+    @property
+    def _moving_steps(self) -> int:
+        return (self.total_steps or 1) - self.rest_steps
 
     def _check_fisher(self, source: str, optimizer: Any, strength: float) -> None:
         if self.total_steps is None:

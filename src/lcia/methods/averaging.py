@@ -25,13 +25,20 @@ class Averaging(Method):
         retained: the constant β (or the fallback of an adaptive rule) is chosen such that the start point keeps
             this weight in the average at the end of the task, Π β = retained, whatever the number of steps.
         fallback: the constant itself, instead of `retained`.
+        rest: share of the task for which θ* rests at its start before it moves; see lcia.ema.DynamicEMA.
         strength: λ of `fisher`, F_old ← λ F_old + F_new.
     """
 
     def __init__(
-        self, *, rule: str, retained: float | None = None, fallback: float = 0.99, strength: float = 1.0
+        self,
+        *,
+        rule: str,
+        retained: float | None = None,
+        fallback: float = 0.99,
+        rest: float = 0.0,
+        strength: float = 1.0,
     ) -> None:
-        self.options: dict[str, Any] = {"rule": rule, "fallback": fallback}
+        self.options: dict[str, Any] = {"rule": rule, "fallback": fallback, "rest": rest}
         if retained is not None:
             self.options["retained"] = retained
         if rule == "fisher":
@@ -149,6 +156,7 @@ class LLaCA(Averaging):
         rule: str = "fixed",
         retained: float | None = 0.3,
         fallback: float = 0.99,
+        rest: float = 0.0,
         strength: float = 1.0,
     ) -> None:
-        super().__init__(rule=rule, retained=retained, fallback=fallback, strength=strength)
+        super().__init__(rule=rule, retained=retained, fallback=fallback, rest=rest, strength=strength)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from lcia.adapters import AdapterPool, Pool, stack_name
 from lcia.grouping import Codebook, Match
 from lcia.stream import Row, Task
 
 if TYPE_CHECKING:
-    from lcia.adapters import AdapterPool
     from lcia.backbone import Backbone
 
 SHARED = "shared"  # the adapter of methods that have only one
@@ -37,6 +37,12 @@ class Placement:
     is_new: bool  # nothing was learned in this adapter before
     start: str | None = None  # adapter whose weights a new one starts from; None = random A, zero B
     scores: dict[str, float] = field(default_factory=dict)  # similarity to every group there was
+    beneath: Sequence[str] = ()  # adapters that stay active, frozen and summed with `adapter`, while it trains
+
+    @property
+    def group(self) -> str:
+        """The name of all weights that were active while the task was learned."""
+        return stack_name([*self.beneath, self.adapter])
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,19 @@ class Method:
     name: ClassVar[str] = "lora"
     codebook: Codebook | None = None  # of methods that group tasks
 
-    def attach(self, pool: AdapterPool, backbone: Backbone) -> None:
+    def make_pool(self, backbone: Backbone, lora: dict[str, Any], seed: int) -> Pool:
+        """What is trained, empty; nothing is changed in the model before the first adapter is added.
+
+        Args:
+            lora: r, lora_alpha, lora_dropout, target_modules.
+            seed: of the random start of an adapter.
+
+        Raises:
+            UserError: the adapters do not fit the model or these settings.
+        """
+        return AdapterPool(backbone.model, lora, backbone.name, seed)
+
+    def attach(self, pool: Pool, backbone: Backbone) -> None:
         """Once per run, before anything is loaded or trained."""
         self.pool = pool
         self.backbone = backbone
@@ -73,15 +91,21 @@ class Method:
         """Decide which adapter learns the task; None leaves it to the other parts of a composition."""
         return None
 
-    def feed(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The rows to train on."""
+    def feed(self, rows: Sequence[Row], placement: Placement) -> Sequence[Row]:
+        """The rows to train on, where `open_task` placed the task."""
         return rows
 
     def begin(self, training: Training) -> None:
         """The weights are those before the task, the optimizer is made, no step is taken."""
 
     def penalty(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """A scalar added to the loss of a micro-batch."""
+        """A scalar added to the loss; the trainer divides it by the micro-batches of the optimizer step.
+
+        Args:
+            batch: what `collate` made of the micro-batch; answer_logits (N, V), the logits of the training loss at its
+                N answer tokens, with their graph; answer_tokens, a scalar, how many of these a micro-batch of this
+                optimizer step has on average: a sum over tokens divided by it has the scale of the loss.
+        """
         return None
 
     def see_grads(self) -> None:
@@ -134,8 +158,8 @@ class Method:
         """What the closed task cost beside training one adapter.
 
         Names in use: examples_stored (rows kept by now), numbers_stored (tensor elements kept by now beside the
-        adapters), extra_forward_rows and extra_backward_rows (rows passed through the model beyond training's own,
-        for this task).
+        adapters), adapters_stored (kept by now and active for every request), extra_forward_rows and
+        extra_backward_rows (rows passed through the model beyond training's own, for this task).
         """
         return {}
 
@@ -149,7 +173,7 @@ class Combined(Method):
         self.parts = list(parts)
         self.codebook = next((part.codebook for part in self.parts if part.codebook is not None), None)
 
-    def attach(self, pool: AdapterPool, backbone: Backbone) -> None:
+    def attach(self, pool: Pool, backbone: Backbone) -> None:
         super().attach(pool, backbone)
         for part in self.parts:
             part.attach(pool, backbone)
@@ -157,6 +181,15 @@ class Combined(Method):
     def leaves(self) -> list[Method]:
         """The parts, and the parts of parts that are themselves composed."""
         return [leaf for part in self.parts for leaf in (part.leaves() if isinstance(part, Combined) else [part])]
+
+    def with_own_pool(self) -> list[Method]:
+        """The parts that train something else than LoRA adapters; `build_method` allows one."""
+        return [leaf for leaf in self.leaves() if type(leaf).make_pool is not Method.make_pool]
+
+    def make_pool(self, backbone: Backbone, lora: dict[str, Any], seed: int) -> Pool:
+        """That of the part which trains something else than LoRA adapters."""
+        own = self.with_own_pool()
+        return own[0].make_pool(backbone, lora, seed) if own else super().make_pool(backbone, lora, seed)
 
     def schedule(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         plain = super().schedule(tasks)
@@ -168,9 +201,9 @@ class Combined(Method):
         decided = [placement for part in self.parts if (placement := part.open_task(task)) is not None]
         return decided[0] if decided else Placement(SHARED, is_new=SHARED not in self.pool.names)
 
-    def feed(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def feed(self, rows: Sequence[Row], placement: Placement) -> Sequence[Row]:
         for part in self.parts:
-            rows = part.feed(rows)
+            rows = part.feed(rows, placement)
         return rows
 
     def begin(self, training: Training) -> None:

@@ -36,7 +36,7 @@ class InstructionGroups(Method):
         if isinstance(route_threshold, bool) or not isinstance(route_threshold, int | float):
             raise ValueError(f"route_threshold must be a number, got {route_threshold!r}")
         self.codebook: Codebook = Codebook(threshold=threshold, reduce=reduce, similarity=similarity)
-        self._route_threshold = route_threshold
+        self.router = Router(self.codebook, route_threshold)
         self._start = start
         self._last: str | None = None
         self._opened: str | None = None
@@ -56,8 +56,7 @@ class InstructionGroups(Method):
         self._last = self._opened
 
     def route(self, requests: Sequence[Row]) -> list[Match]:
-        router = Router(self.codebook, self._route_threshold)
-        return router.route_many([request.instruction for request in requests])
+        return self.router.route_many([request.instruction for request in requests])
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -26,6 +26,7 @@ class LCIA(Combined):
         rule: str = "fixed",
         retained: float | None = 0.3,
         fallback: float = 0.99,
+        rest: float = 0.0,
         strength: float = 1.0,
     ) -> None:
         super().__init__(
@@ -37,6 +38,6 @@ class LCIA(Combined):
                     route_threshold=route_threshold,
                     start=start,
                 ),
-                Averaging(rule=rule, retained=retained, fallback=fallback, strength=strength),
+                Averaging(rule=rule, retained=retained, fallback=fallback, rest=rest, strength=strength),
             ]
         )

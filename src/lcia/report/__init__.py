@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from lcia.report.compare import comparison_json
+from lcia.report.console import comparison_table, comparison_tables, matrix_table
+from lcia.report.document import comparison_json
 from lcia.report.load import Run, load_run
 from lcia.report.page import write_report
-from lcia.report.tables import comparison_markdown, comparison_table, matrix_table
+from lcia.report.significance import Comparison, compare_runs
+from lcia.report.tables import comparison_markdown
 
 __all__ = [
+    "Comparison",
     "Run",
+    "compare_runs",
     "comparison_json",
     "comparison_markdown",
     "comparison_table",
+    "comparison_tables",
     "load_run",
     "matrix_table",
     "write_report",

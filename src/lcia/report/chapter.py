@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
 from lcia.report import figures
-from lcia.report.compare import COSTS, Arena, Series, differing_settings, estimate
+from lcia.report.compare import (
+    COSTS,
+    METHOD_COSTS,
+    Arena,
+    OverOrders,
+    Series,
+    differing_settings,
+    estimate,
+    pareto_front,
+)
 from lcia.report.examples import TaskExamples, collect_examples
 from lcia.report.gallery import Gallery
-from lcia.report.heat import HeatTable, groups_heat, matrix_heat
+from lcia.report.heat import HeatTable, confusion_heat, groups_heat, matrix_heat
 from lcia.report.load import Run
-from lcia.report.summary import summary
-from lcia.report.tables import NOT_RECORDED, Grid, cost_grid, estimate_text, final_scores_grid, metrics_grid
+from lcia.report.significance import Scope
+from lcia.report.summary import summary, verdicts
+from lcia.report.tables import (
+    COST_NAMES,
+    NOT_RECORDED,
+    Grid,
+    cost_grid,
+    estimate_text,
+    final_scores_grid,
+    interval_words,
+    metric_text,
+    metrics_grid,
+    orders_grid,
+    significance_grid,
+    significance_notes,
+)
 
 _UNFOLDED_COURSES = 3  # training figures; of more, only those with a β are open
 
@@ -24,7 +48,27 @@ class Metrics:
     references: frozenset[int]  # rows of methods measured only before and after the stream
     bars: Markup
     several_seeds: bool
-    notes: tuple[str, ...]  # rows that did not count, which a reader must know of
+    intervals: tuple[str, ...]  # what they are
+    notes: tuple[str, ...]  # rows that did not count and intervals that are missing, which a reader must know of
+
+
+@dataclass(frozen=True)
+class Significance:
+    reference: str
+    grid: Grid
+    verdicts: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The methods over several orders of one stream's tasks."""
+
+    title: str
+    orders: tuple[tuple[int | None, tuple[str, ...]], ...]  # number and tasks of each
+    grid: Grid
+    intervals: tuple[str, ...]  # of the single orders
+    significance: Significance | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +91,24 @@ class Grouping:
     labels: tuple[str, ...]
     text: str
     table: HeatTable | None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Where the test inputs of each task were sent, and the methods that sent them so."""
+
+    labels: tuple[str, ...]
+    seeds: int  # whose requests are added up
+    table: HeatTable
+
+
+@dataclass(frozen=True)
+class Cost:
+    grid: Grid
+    bars: Markup | None
+    pareto: Markup | None
+    fronts: tuple[str, ...]  # in words
+    own_costs: bool  # a method names costs of its own
 
 
 @dataclass(frozen=True)
@@ -83,36 +145,52 @@ class Chapter:
     arena: Arena
     sentences: tuple[str, ...]
     metrics: Metrics
+    significance: Significance | None  # None: nothing to compare with
     matrices: Matrices
     over_time: Markup
     final: FinalScores
     groupings: tuple[Grouping, ...]
     routing: Grid | None
+    confusions: tuple[Routed, ...]
     training: Training
-    cost: Grid
-    cost_bars: Markup | None
+    cost: Cost
     origin: Origin
     examples: list[TaskExamples] = field(default_factory=list)
 
 
-def build_chapter(arena: Arena, number: int, gallery: Gallery) -> Chapter:
+def build_chapter(arena: Arena, scope: Scope, number: int, gallery: Gallery) -> Chapter:
     """Compute everything and draw every figure."""
-    has_costs = any(one.cost(key) for one in arena.series for key in COSTS)
     return Chapter(
         id=f"c{number}",
         arena=arena,
         sentences=tuple(summary(arena)),
         metrics=_metrics(arena, gallery),
+        significance=_significance(scope),
         matrices=_matrices(arena, gallery),
         over_time=_over_time(arena, gallery),
         final=_final_scores(arena, gallery),
         groupings=_groupings(arena, gallery),
         routing=_routing(arena),
+        confusions=_confusions(arena, gallery),
         training=_training(arena, gallery),
-        cost=cost_grid(arena),
-        cost_bars=gallery.hang("cost", figures.cost_bars(arena), "Cost, mean over seeds.") if has_costs else None,
+        cost=_cost(arena, gallery),
         origin=_origin(arena),
         examples=collect_examples(arena),
+    )
+
+
+def build_orders(found: OverOrders, scope: Scope) -> Orders:
+    """What a method does whatever comes first."""
+    words = interval_words(one for arena in found.arenas for one in arena.series)
+    orders = tuple((arena.order, arena.tasks) for arena in found.arenas)
+    return Orders(found.title, orders, orders_grid(found), tuple(words), _significance(scope))
+
+
+def _significance(scope: Scope) -> Significance | None:
+    if scope.reference is None or not scope.contrasts:
+        return None
+    return Significance(
+        scope.reference, significance_grid(scope), tuple(verdicts(scope)), tuple(significance_notes([scope]))
     )
 
 
@@ -125,14 +203,28 @@ def _interval(arena: Arena, mark: str) -> str:
 
 
 def _metrics(arena: Arena, gallery: Gallery) -> Metrics:
-    caption = f"Avg.ACC, Forgetting and New.ACC of each method.{_interval(arena, 'Whiskers')}"
+    words = interval_words(arena.series)
+    whiskers = f" Whiskers: 95 % intervals, {_over(arena)}." if words else ""
+    caption = f"Avg.ACC, Forgetting and New.ACC of each method.{whiskers}"
+    missing = [
+        f"{one.label}: no interval over test rows, {one.no_interval}." for one in arena.series if one.no_interval
+    ]
     return Metrics(
         metrics_grid(arena),
         frozenset(row for row, one in enumerate(arena.series) if one.is_reference),
         gallery.hang("metrics", figures.metric_bars(arena), caption),
         _several_seeds(arena),
-        tuple(note for one in arena.series for run in one.runs for note in _lost_rows(one, run)),
+        tuple(words),
+        (*missing, *(note for one in arena.series for run in one.runs for note in _lost_rows(one, run))),
     )
+
+
+def _over(arena: Arena) -> str:
+    """What the intervals of an arena are taken over."""
+    found = [interval.over for one in arena.series if (interval := one.interval("avg_acc"))]
+    if "test rows" not in found:
+        return "over seeds"
+    return "over seeds, or over the test rows of a single run" if "seeds" in found else "over the test rows of one run"
 
 
 def _lost_rows(series: Series, run: Run) -> list[str]:
@@ -218,14 +310,11 @@ def _routing(arena: Arena) -> Grid | None:
     """How often a test input found its own group, and the Avg.ACC if it always had."""
     rows = []
     for one in arena.series:
-        accuracy, oracle, base = (
-            estimate(getattr(run.routing, key) for run in one.runs)
-            for key in ("accuracy", "oracle_avg_acc", "base_model_answers")
-        )
+        accuracy, oracle, base = (one.routing(key) for key in ("accuracy", "oracle_avg_acc", "base_model_answers"))
         if accuracy or oracle or base:
             n = len(one.runs)
             shares = [NOT_RECORDED if found is None else estimate_text(found, n) for found in (accuracy, oracle)]
-            average = estimate_text(one.metric("avg_acc"), n)
+            average = metric_text(one, "avg_acc")
             rows.append((one.label, shares[0], average, shares[1], NOT_RECORDED if base is None else f"{base.mean:g}"))
     columns = (
         "Method",
@@ -235,6 +324,62 @@ def _routing(arena: Arena) -> Grid | None:
         "Answers by the base model",
     )
     return Grid(columns, tuple(rows)) if rows else None
+
+
+def _confusions(arena: Arena, gallery: Gallery) -> tuple[Routed, ...]:
+    """Each distinct one once, where there was more than one place to send a request to.
+
+    The seeds of a series are added up where they put the tasks into the same groups.
+    """
+    distinct: dict[str, tuple[Run, dict[str, dict[str, int]], int, list[str]]] = {}
+    for one in arena.series:
+        alike: dict[str, list[Run]] = {}
+        for run in one.runs:
+            if run.routing.confusion:
+                alike.setdefault(repr(run.groups), []).append(run)
+        for groups, runs in alike.items():
+            counts = _added([run.routing.confusion for run in runs])
+            _, _, _, labels = distinct.setdefault(repr((groups, counts)), (runs[0], counts, len(runs), []))
+            labels.append(one.label)
+    confusions = []
+    for run, counts, n_seeds, labels in distinct.values():
+        table = confusion_heat(run, counts)
+        if len(table.columns) > 1:
+            gallery.keep(f"routing {labels[0]}", figures.routing_confusion(run, counts))
+            confusions.append(Routed(tuple(labels), n_seeds, table))
+    return tuple(confusions)
+
+
+def _added(confusions: Sequence[figures.Confusion]) -> dict[str, dict[str, int]]:
+    total: dict[str, dict[str, int]] = {}
+    for confusion in confusions:
+        for task, counts in confusion.items():
+            row = total.setdefault(task, {})
+            for group, n in counts.items():
+                row[group] = row.get(group, 0) + n
+    return total
+
+
+def _cost(arena: Arena, gallery: Gallery) -> Cost:
+    bars = drawn = None
+    if any(one.cost(key) for one in arena.series for key in COSTS):
+        bars = gallery.hang("cost", figures.cost_bars(arena), "Cost, mean over seeds.")
+    keys = figures.recorded_costs(arena)
+    fronts = [(COST_NAMES[key], pareto_front(arena.series, key)) for key in keys]
+    if keys and len(arena.series) > 1:
+        caption = (
+            "Avg.ACC against cost, mean over seeds; up and to the left is better. Filled, joined by a line: no other "
+            "method has at least the Avg.ACC for at most the cost. Grey ring: measured only after the whole stream, "
+            "not in the contest."
+        )
+        drawn = gallery.hang("pareto", figures.pareto(arena), caption)
+    return Cost(
+        cost_grid(arena),
+        bars,
+        drawn,
+        tuple(f"{name}: {', '.join(labels)}" for name, labels in fronts if labels),
+        any(one.cost(key) for one in arena.series for key in METHOD_COSTS),
+    )
 
 
 def _training(arena: Arena, gallery: Gallery) -> Training:

@@ -2,6 +2,7 @@
 
 Runs of one stream, model, task order and evaluation split form an arena: only there is a comparison fair.
 Inside an arena, runs that differ in nothing but the seed form a series, and give a mean with an interval.
+Arenas that differ in nothing but the order of the tasks are also looked at together, method by method.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from lcia.report.load import Cost, Run
+from lcia.report.statistics import non_dominated, t_half_width
 
-CONFIDENCE = 0.95
 # Configuration that names the run or its machinery, and not what is learned.
 _NEUTRAL_SETTINGS = frozenset(
     {"logging_steps", "model", "output_dir", "per_device_eval_batch_size", "report_to", "run_name"}
     | {"seed", "stream", "tasks"}
 )
+
+
+_QUOTE = '"'  # of JSON text: labels go without
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,17 @@ METRICS = (
     Metric("fwt", "FWT", True, "mean score on each task just before learning it"),
 )
 COSTS = tuple(Cost.model_fields)
+PARETO_COSTS = ("train_s", "trained_parameters", "examples_stored")
+METHOD_COSTS = ("numbers_stored", "examples_stored", "adapters_stored", "extra_forward_rows", "extra_backward_rows")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval, and what would have to be different for the value to move inside it."""
+
+    low: float
+    high: float
+    over: str  # "seeds": t-interval; "test rows": bootstrap of a single run
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,12 @@ class Estimate:
     @cached_property
     def half_width(self) -> float | None:
         """t(0.975, n − 1) · s / √n, with s the standard deviation over n − 1."""
-        if self.n < 2:
-            return None
-        quantile = float(stdtrit(self.n - 1, 0.5 + CONFIDENCE / 2))
-        return quantile * float(np.std(self.values, ddof=1)) / math.sqrt(self.n)
+        return t_half_width(self.values)
+
+    @property
+    def interval(self) -> Interval | None:
+        half = self.half_width
+        return None if half is None else Interval(self.mean - half, self.mean + half, "seeds")
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
@@ -104,8 +120,25 @@ class Series:
     def metric(self, key: str) -> Estimate | None:
         return estimate(run.metrics.get(key) for run in self.runs)
 
+    def interval(self, key: str) -> Interval | None:
+        """Of a metric: over seeds where there are several, else over the one run's test rows."""
+        if len(self.runs) == 1:
+            found = self.runs[0].bootstrap.intervals.get(key)
+            return None if found is None else Interval(*found, "test rows")
+        mean = self.metric(key)
+        return None if mean is None else mean.interval
+
+    @property
+    def no_interval(self) -> str:
+        """Why a single measured run has no interval over its test rows; empty where it has, or needs none."""
+        single = len(self.runs) == 1 and self.metric("avg_acc") is not None
+        return self.runs[0].bootstrap.missing if single else ""
+
     def cost(self, key: str) -> Estimate | None:
         return estimate(getattr(run.cost, key) for run in self.runs)
+
+    def routing(self, key: str) -> Estimate | None:
+        return estimate(getattr(run.routing, key) for run in self.runs)
 
     def cell(self, row: int, column: int) -> Estimate | None:
         """Score on task `column` after `row` tasks."""
@@ -135,13 +168,24 @@ class Arena:
     series: tuple[Series, ...]
     eval_split: str | None = None
     order: int | None = None  # set where one stream appears in several orders
+    selection: int | None = None  # set where different tasks of one stream appear
 
     @property
     def title(self) -> str:
-        order = "" if self.order is None else f", order {self.order}"
+        return self._title("" if self.order is None else f", order {self.order}")
+
+    @property
+    def title_without_order(self) -> str:
+        return self._title("")
+
+    def _title(self, order: str) -> str:
+        selection = "" if self.selection is None else f", selection {self.selection}"
         split = f", {self.eval_split} rows" if self.eval_split not in (None, "test") else ""
         model = Path(self.model).name if Path(self.model).is_absolute() else self.model
-        return f"{self.stream or 'stream not recorded'}{order} on {model}{split}"
+        return f"{self.stream or 'stream not recorded'}{selection}{order} on {model}{split}"
+
+    def named(self, label: str) -> Series | None:
+        return next((one for one in self.series if one.label == label), None)
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -176,19 +220,20 @@ def differing_settings(series: Sequence[Series]) -> dict[str, list[str]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def _distinct_seeds(runs: Sequence[Run]) -> bool:
-    return len({run.seed for run in runs}) == len(runs)
+def _repeats_a_seed(runs: Sequence[Run]) -> bool:
+    return len({(run.tasks, run.seed) for run in runs}) < len(runs)
 
 
 def _label_parts(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[str]:
     """What tells these settings from those of the same method's other series, three at most."""
-    keys = sorted({key for values in (own, *others) for key in values})
-    telling = [key for key in keys if len({values.get(key) for values in (own, *others)}) > 1]
-    return [f"{key.removeprefix('method.')}={own.get(key, 'unset')}" for key in telling[:3]]
+    known = sorted({key for values in (own, *others) for key in values})
+    telling = [key for key in known if len({values.get(key) for values in (own, *others)}) > 1]
+    keys = [key for key in telling if key in own] or telling
+    return [f"{key.removeprefix('method.')}={own.get(key, 'unset').strip(_QUOTE)}" for key in keys[:3]]
 
 
-def _form_series(runs: Sequence[Run]) -> tuple[Series, ...]:
-    """Runs that differ in the seed only belong together; a seed that appears twice is no second sample."""
+def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """label → runs that differ in seed and order only; a seed that appears twice is no second sample."""
     alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         alike.setdefault((run.method, json.dumps(settings(run), sort_keys=True)), []).append(run)
@@ -196,35 +241,93 @@ def _form_series(runs: Sequence[Run]) -> tuple[Series, ...]:
     for (method, _), members in alike.items():
         of_method.setdefault(method, []).append(settings(members[0]))
 
-    named: list[tuple[str, tuple[Run, ...]]] = []
+    named: list[tuple[str, list[Run]]] = []
     for (method, _), members in alike.items():
         parts = _label_parts(settings(members[0]), of_method[method])
-        if _distinct_seeds(members):
-            named.append((_label(method, parts), tuple(sorted(members, key=lambda run: run.seed))))
+        if _repeats_a_seed(members):
+            named += [(_label(method, [*parts, run.path.name]), [run]) for run in members]
         else:
-            named += [(_label(method, [*parts, run.path.name]), (run,)) for run in members]
+            named.append((_label(method, parts), members))
     labels = [label for label, _ in named]
-    return tuple(
-        Series(label if labels.count(label) == 1 else f"{label} #{number}", members)
+    return {
+        label if labels.count(label) == 1 else f"{label} #{number}": members
         for number, (label, members) in enumerate(named, start=1)
-    )
+    }
 
 
 def _label(method: str, parts: Sequence[str]) -> str:
     return f"{method} ({', '.join(parts)})" if parts else method
 
 
+def _series_of(tasks: tuple[str, ...], by_label: Mapping[str, Sequence[Run]]) -> tuple[Series, ...]:
+    """The runs of one task order."""
+    found = {label: [run for run in runs if run.tasks == tasks] for label, runs in by_label.items()}
+    return tuple(Series(label, tuple(sorted(runs, key=lambda run: run.seed))) for label, runs in found.items() if runs)
+
+
+_Field = tuple[str | None, str, frozenset[str], str | None]  # stream, model, tasks, split
+
+
+def _field(one: Run | Arena) -> _Field:
+    return one.stream, one.model, frozenset(one.tasks), one.eval_split
+
+
+def _place(item: Any, among: Iterable[Any]) -> int | None:
+    """1 for the first distinct one; None where there is nothing to tell apart."""
+    distinct = list(dict.fromkeys(among))
+    return distinct.index(item) + 1 if len(distinct) > 1 else None
+
+
 def arrange(runs: Sequence[Run]) -> list[Arena]:
     """The runs as arenas of series, both in the order in which they were given."""
-    places: dict[tuple[str | None, str, tuple[str, ...], str | None], list[Run]] = {}
+    fields: dict[_Field, list[Run]] = {}
     for run in runs:
-        places.setdefault((run.stream, run.model, run.tasks, run.eval_split), []).append(run)
-    arenas = []
-    for (stream, model, tasks, split), members in places.items():
-        orders = list(dict.fromkeys(place[2] for place in places if place[:2] == (stream, model)))
-        order = orders.index(tasks) + 1 if len(orders) > 1 else None
-        arenas.append(Arena(stream, model, tasks, _form_series(members), split, order))
-    return arenas
+        fields.setdefault(_field(run), []).append(run)
+    # labels are given per field, so that a method has the same one in every order
+    labelled = {field: _by_label(members) for field, members in fields.items()}
+    arenas: dict[tuple[_Field, tuple[str, ...]], Arena] = {}
+    for run in runs:
+        field = _field(run)
+        if (field, run.tasks) in arenas:
+            continue
+        akin = [other for other in runs if (other.stream, other.model) == (run.stream, run.model)]
+        order = _place(run.tasks, (other.tasks for other in akin if set(other.tasks) == field[2]))
+        selection = _place(field[2], (frozenset(other.tasks) for other in akin))
+        series = _series_of(run.tasks, labelled[field])
+        arenas[field, run.tasks] = Arena(run.stream, run.model, run.tasks, series, run.eval_split, order, selection)
+    return list(arenas.values())
+
+
+@dataclass(frozen=True)
+class OverOrders:
+    """Arenas that differ only in the order of their tasks. The order is the sample: one value an order."""
+
+    arenas: tuple[Arena, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.arenas[0].title_without_order}, over {len(self.arenas)} orders"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.label for arena in self.arenas for one in arena.series))
+
+    def per_order(self, label: str, key: str) -> list[Estimate | None]:
+        """A metric over the seeds of each order."""
+        found = [arena.named(label) for arena in self.arenas]
+        return [None if one is None else one.metric(key) for one in found]
+
+    def metric(self, label: str, key: str) -> Estimate | None:
+        """Over the orders, each with the mean of its seeds: seeds of one order are not independent samples."""
+        return estimate(None if found is None else found.mean for found in self.per_order(label, key))
+
+
+def over_orders(arenas: Sequence[Arena]) -> list[OverOrders]:
+    """The groups of two arenas or more."""
+    fields: dict[_Field, list[Arena]] = {}
+    for arena in arenas:
+        fields.setdefault(_field(arena), []).append(arena)
+    return [OverOrders(tuple(members)) for members in fields.values() if len(members) > 1]
 
 
 def paired_difference(series: Series, baseline: Series, key: str) -> Estimate | None:
@@ -238,36 +341,25 @@ def paired_difference(series: Series, baseline: Series, key: str) -> Estimate | 
     return estimate(differences)
 
 
-def _estimate_json(found: Estimate | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    return {"mean": found.mean, "half_width": found.half_width, "n": found.n, "values": list(found.values)}
+def cost_of(series: Series, key: str) -> float | None:
+    """The mean over its runs; 0 where the method names no such cost of its own. None: not recorded."""
+    found = series.cost(key)
+    if found is not None:
+        return found.mean
+    return 0.0 if key in METHOD_COSTS else None
 
 
-def _series_json(series: Series) -> dict[str, Any]:
-    return {
-        "label": series.label,
-        "method": series.method,
-        "seeds": list(series.seeds),
-        "runs": [str(run.path) for run in series.runs],
-        "metrics": {metric.key: _estimate_json(series.metric(metric.key)) for metric in METRICS},
-        "cost": {key: _estimate_json(series.cost(key)) for key in COSTS},
-        "matrix": [[None if math.isnan(value) else value for value in row] for row in series.matrix.tolist()],
-    }
+def pareto_front(series: Sequence[Series], key: str) -> list[str]:
+    """Labels of the methods that no other beats in Avg.ACC and in this cost; empty where no run recorded it.
 
-
-def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """One JSON document: per arena and series, each metric as mean, 95 % half width, n and the values."""
-    return {
-        "confidence": CONFIDENCE,
-        "comparisons": [
-            {
-                "stream": arena.stream,
-                "model": arena.model,
-                "eval_split": arena.eval_split,
-                "tasks": list(arena.tasks),
-                "series": [_series_json(series) for series in arena.series],
-            }
-            for arena in arrange(runs)
-        ],
-    }
+    Only methods that learn task after task are in the contest.
+    """
+    if not any(one.cost(key) for one in series):
+        return []
+    points = [
+        (one.label, cost, score.mean)
+        for one in series
+        if not one.is_reference and (score := one.metric("avg_acc")) and (cost := cost_of(one, key)) is not None
+    ]
+    front = non_dominated([cost for _, cost, _ in points], [score for _, _, score in points])
+    return [label for (label, _, _), is_on_front in zip(points, front, strict=True) if is_on_front]

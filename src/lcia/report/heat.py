@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lcia.report.compare import Series
-from lcia.report.figures import HEAT_ALPHA, group_order, similarity
+from lcia.report.figures import BASE_MODEL, HEAT_ALPHA, Confusion, answers_for, group_order, routed_groups, similarity
 from lcia.report.load import Run
 from lcia.report.tables import estimate_text, row_names
 
@@ -76,3 +77,20 @@ def _similarity(run: Run, task: str, group: str) -> Cell:
     if math.isnan(score):
         return Cell("new", None, mark) if joined else Cell("", hint="did not exist yet")
     return Cell(f"{score:.2f}{' ✓' if joined else ''}", score, mark)
+
+
+def confusion_heat(run: Run, confusion: Confusion) -> HeatTable:
+    """How many test inputs of each task were sent to which group; framed: the task's own group."""
+    groups = routed_groups(run, confusion)
+    rows = tuple(
+        (f"{i} {task}", tuple(_sent(confusion.get(task, {}), group, run.groups.get(task)) for group in groups))
+        for i, task in enumerate(run.tasks, start=1)
+    )
+    return HeatTable("", tuple(group or BASE_MODEL for group in groups), rows)
+
+
+def _sent(counts: Mapping[str, int], group: str, own: str | None) -> Cell:
+    n, total = counts.get(group, 0), sum(counts.values())
+    if not total:
+        return Cell("", hint="not measured")
+    return Cell(str(n), n / total, "joined" if answers_for(group, own) else "", f"{n} of {total}")

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lcia.errors import UserError
+from lcia.metrics import accuracy_metrics
+from lcia.report.statistics import bootstrap_matrices, percentile_interval
 
 RESULTS = "results.json"
 TRAINING_LOG = "training_log.jsonl"
 PREDICTIONS = "predictions"
 CONFIG = "config.yaml"
 CODEBOOK = "codebook.json"
+_SAME_SCORE = 0.01  # percentage points: results.json may be rounded
 
 
 def _as_list(value: Any) -> Any:
@@ -41,6 +49,7 @@ class Routing(_Record):
     accuracy: float | None = None
     oracle_avg_acc: float | None = None
     base_model_answers: int | None = None
+    confusion: dict[str, dict[str, int]] = Field(default_factory=dict)  # task → {group, "" the base model: requests}
 
 
 class Averaging(_Record):
@@ -57,6 +66,12 @@ class Cost(_Record):
     evaluations_reused: int | None = None
     peak_memory_mib: float | None = None
     trained_parameters: int | None = None
+    # what some methods need beside training one adapter; a method that needs none of it names none
+    numbers_stored: float | None = None
+    examples_stored: float | None = None
+    adapters_stored: float | None = None  # beyond the trained one, active for every request
+    extra_forward_rows: float | None = None
+    extra_backward_rows: float | None = None
 
 
 class Step(_Record):
@@ -84,6 +99,18 @@ class Prediction(_Record):
     reference: Annotated[tuple[str, ...], BeforeValidator(_as_list)]
     score: float
     group: str | None = None
+
+
+class NoScores(Exception):
+    """Why a cell of the matrix has no score per test row that could be used."""
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """95 % intervals of a run's metrics over its test examples, or why there are none."""
+
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric → (low, high)
+    missing: str = ""
 
 
 class Results(_Record):
@@ -146,9 +173,13 @@ class Run(Results):
         """Whether any logged step reports a β."""
         return any(step.beta_p50 is not None for step in self.steps)
 
-    def predictions(self, task: str) -> dict[str, Prediction]:
-        """id → prediction on the task's test rows after all tasks; empty where the run kept none."""
-        path = self.path / PREDICTIONS / str(len(self.tasks)) / f"{task}.jsonl"
+    def predictions(self, task: str, row: int | None = None) -> dict[str, Prediction]:
+        """id → prediction on the task's test rows; empty where the run kept none.
+
+        Args:
+            row: after so many tasks; None: after all.
+        """
+        path = self.path / PREDICTIONS / str(len(self.tasks) if row is None else row) / f"{task}.jsonl"
         if not path.is_file():
             return {}
         found = {}
@@ -158,6 +189,63 @@ class Run(Results):
             prediction = _checked(Prediction, values, f"{path}:{number}")
             found[prediction.id] = prediction
         return found
+
+    def example_scores(self, task: str, row: int | None = None) -> dict[str, float]:
+        """id → percent of each test row, whose mean is this cell of the matrix.
+
+        Raises:
+            NoScores: no predictions were kept, or they are not those of the matrix.
+        """
+        row = len(self.tasks) if row is None else row
+        where = f"{task} after {row} tasks"
+        scores = {key: 100 * found.score for key, found in self.predictions(task, row).items()}
+        if not scores:
+            raise NoScores(f"no predictions of {where} were kept")
+        recorded = self.matrix[row][self.tasks.index(task)]
+        if recorded is None or abs(math.fsum(scores.values()) / len(scores) - recorded) > _SAME_SCORE:
+            raise NoScores(f"the predictions of {where} do not give the score in {RESULTS}")
+        return scores
+
+    @cached_property
+    def final_example_scores(self) -> dict[str, dict[str, float]]:
+        """task → {id: percent} after all tasks; raises NoScores as `example_scores` does."""
+        return {task: self.example_scores(task) for task in self.tasks}
+
+    def _rows_by_stage(self) -> list[NDArray[np.float64]]:
+        """One (T + 1, n_i) array a task: percent of each test row after each stage, NaN where not measured."""
+        arrays = []
+        for i, task in enumerate(self.tasks):
+            cells = {
+                row: self.example_scores(task, row)
+                for row in range(len(self.matrix))
+                if self.matrix[row][i] is not None
+            }
+            ids = sorted(next(iter(cells.values()), {"": math.nan}))
+            if any(sorted(cell) != ids for cell in cells.values()):
+                raise NoScores(f"not all stages tested the same rows of {task}")
+            array = np.full((len(self.matrix), len(ids)), math.nan)
+            for row, cell in cells.items():
+                array[row] = [cell[key] for key in ids]
+            arrays.append(array)
+        return arrays
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        """Percentile intervals of the metrics over resampled test rows: what other test rows might have shown.
+
+        They say nothing about another seed.
+        """
+        try:
+            matrices = bootstrap_matrices(self._rows_by_stage(), self.tasks)
+        except NoScores as why:
+            return Bootstrap(missing=str(why))
+        resampled = [accuracy_metrics(matrix) for matrix in matrices]
+        intervals = {}
+        for key, value in self.metrics.items():
+            values = [drawn for found in resampled if (drawn := found.get(key)) is not None]
+            if value is not None and values:
+                intervals[key] = percentile_interval(values)
+        return Bootstrap(intervals)
 
 
 _R = TypeVar("_R", bound=BaseModel)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,22 +10,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lcia.errors import UserError
-from lcia.report.chapter import build_chapter
-from lcia.report.compare import METRICS, arrange
+from lcia.files import write_text
+from lcia.report.chapter import build_chapter, build_orders
+from lcia.report.compare import METRICS
 from lcia.report.figures import COLOURS, MIN_RADAR_TASKS
 from lcia.report.gallery import Gallery
 from lcia.report.load import Run
+from lcia.report.significance import compare_runs
 from lcia.report.tables import NOT_RECORDED
 
 _UNBROKEN = 12  # characters of a name that stay on one line
 
 
-def write_report(runs: Sequence[Run], out: Path | str) -> Path:
+def write_report(runs: Sequence[Run], out: Path | str, against: str | None = None) -> Path:
     """Write the HTML file, and the figures as PNG files into `figures/` beside it.
 
     Args:
         runs: one or more; what may be compared is compared (see lcia.report.compare).
         out: the HTML file, or a folder that shall hold report.html.
+        against: the reference of the tests, see `lcia.report.compare_runs`.
 
     Returns:
         The HTML file.
@@ -36,26 +38,25 @@ def write_report(runs: Sequence[Run], out: Path | str) -> Path:
     out = Path(out)
     if out.is_dir():
         out = out / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    arenas = arrange(runs)
+    found = compare_runs(runs, against)
+    single = len(found.arenas) == 1
     chapters = [
-        build_chapter(arena, number, Gallery(out.parent / "figures", prefix="" if len(arenas) == 1 else f"{number}-"))
-        for number, arena in enumerate(arenas, start=1)
+        build_chapter(arena, scope, number, Gallery(out.parent / "figures", prefix="" if single else f"{number}-"))
+        for number, (arena, scope) in enumerate(zip(found.arenas, found.scopes, strict=True), start=1)
     ]
     text = (
         _environment()
         .get_template("page.html")
         .render(
             chapters=chapters,
+            orders=[build_orders(*pair) for pair in zip(found.orders, found.order_scopes, strict=True)],
             metrics=METRICS,
             min_radar_tasks=MIN_RADAR_TASKS,
             not_recorded=NOT_RECORDED,
             palette=_palette(),
         )
     )
-    partial = out.with_name(f".{out.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, out)  # complete or absent
+    write_text(out, text)
     return out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lcia.report.compare import Arena, Estimate, Series, paired_difference
+from lcia.report.significance import ALPHA, Scope
 
 BASELINE = "lora"  # sequential fine-tuning: what every other method has to beat
 _VISIBLE = 0.05  # points; less is 0.0 in print
@@ -144,5 +145,28 @@ def _outside_the_contest(arena: Arena, references: Sequence[Series]) -> list[str
 
 def _about_chance(series: Sequence[Series]) -> list[str]:
     if all(len(one.runs) == 1 for one in series):
-        return ["One seed each: how much of a difference is chance cannot be told."] if len(series) > 1 else []
-    return ["± is the half width of a 95 % t-interval over seeds."]
+        return (
+            ["One seed each: how much of a difference another seed would change cannot be told."]
+            if len(series) > 1
+            else []
+        )
+    single = ", of which a number without ± has only one" if any(len(one.runs) == 1 for one in series) else ""
+    return [f"± is the half width of a 95 % t-interval over seeds{single}."]
+
+
+def verdicts(scope: Scope) -> list[str]:
+    """Which differences hold after Holm's correction, and which are left open: one sentence a test."""
+    sentences = []
+    for over, tests in (
+        (scope.over, [one.repeats for one in scope.contrasts]),
+        ("test rows", [one.examples for one in scope.contrasts]),
+    ):
+        found: dict[str, list[str]] = {"higher": [], "lower": [], "undecided": []}
+        for one, test in zip(scope.contrasts, tests, strict=True):
+            if test.corrected is not None and one.difference is not None:
+                sign = "higher" if one.difference.mean > 0 else "lower"
+                found[sign if test.corrected < ALPHA else "undecided"].append(one.label)
+        said = "; ".join(f"{word}: {', '.join(labels)}" for word, labels in found.items() if labels)
+        if said:
+            sentences.append(f"Avg.ACC against {scope.reference}, tested over {over}, after correction: {said}.")
+    return sentences

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
-from lcia.report.compare import METRICS, Arena, Estimate, Metric, Series, arrange
+from lcia.report.compare import METHOD_COSTS, METRICS, Arena, Estimate, Metric, OverOrders, Series
 from lcia.report.load import Run
+from lcia.report.significance import ALPHA, Scope, Test, compare_runs
+from lcia.report.statistics import CONFIDENCE, RESAMPLES, SIGN_FLIPS, t_factor
 
 NOT_MEASURED = "–"
 NOT_RECORDED = "not recorded"
-_WIDE_STREAM = 8  # tasks; more, and the console's columns move together
-_ROW_NAME_WIDTH = 26
-_ROW_NAME_WIDTH_WIDE = 20  # so that 19 tasks fit 120 columns
+_FEW_REPEATS = 3  # of so many seeds or orders a t-test sees only very large differences
+_LEAST_P = 0.0005  # less is 0.000 in print
 
 COST_NAMES = {
     "train_s": "Training",
@@ -27,6 +24,11 @@ COST_NAMES = {
     "evaluations_reused": "Evaluations reused",
     "peak_memory_mib": "Peak memory",
     "trained_parameters": "Trained parameters",
+    "numbers_stored": "Numbers stored",
+    "examples_stored": "Examples stored",
+    "adapters_stored": "Adapters stored",
+    "extra_forward_rows": "Extra rows forward",
+    "extra_backward_rows": "Extra rows backward",
 }
 
 
@@ -65,14 +67,36 @@ def cost_text(key: str, value: float) -> str:
     return count(value)
 
 
-def estimate_text(found: Estimate | None, n_runs: int = 1, digits: int = 2) -> str:
-    """`61.23 ± 3.40`; says so where only some of the runs measured it."""
+def estimate_text(found: Estimate | None, n_runs: int = 1, digits: int = 2, unit: str = "seeds") -> str:
+    """`61.23 ± 3.40`; says so where only some of the seeds (orders) measured it."""
     if found is None:
         return NOT_MEASURED
     text = f"{found.mean:.{digits}f}"
     if found.half_width is not None:
         text += f" ± {found.half_width:.{digits}f}"
-    return text if found.n == n_runs else f"{text} ({found.n} of {n_runs} seeds)"
+    return text if found.n == n_runs else f"{text} ({found.n} of {n_runs} {unit})"
+
+
+def metric_text(series: Series, key: str) -> str:
+    """`61.23 ± 3.40` over seeds, `61.23 [58.1, 64.4]` over the test rows of a single run."""
+    text, interval = estimate_text(series.metric(key), len(series.runs)), series.interval(key)
+    if interval is None or interval.over == "seeds":
+        return text
+    return f"{text} [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def interval_words(series: Iterable[Series]) -> list[str]:
+    """What the intervals in a table of these series are."""
+    found = [interval.over for one in series for metric in METRICS if (interval := one.interval(metric.key))]
+    words = []
+    if "seeds" in found:
+        words.append(f"± half width of the {100 * CONFIDENCE:g} % t-interval over seeds")
+    if "test rows" in found:
+        words.append(
+            f"[low, high]: {100 * CONFIDENCE:g} % bootstrap interval over the test rows of a single run ({RESAMPLES:,} "
+            "resamples, stratified by task), which says nothing about other seeds"
+        )
+    return words
 
 
 def _best_rows(series: Sequence[Series], metric: Metric) -> set[int]:
@@ -94,7 +118,7 @@ def metrics_grid(arena: Arena) -> Grid:
         (
             one.label,
             ", ".join(map(str, one.seeds)),
-            *(estimate_text(one.metric(metric.key), len(one.runs)) for metric in METRICS),
+            *(metric_text(one, metric.key) for metric in METRICS),
         )
         for one in arena.series
     )
@@ -104,13 +128,89 @@ def metrics_grid(arena: Arena) -> Grid:
     return Grid(("Method", "Seeds", *(metric.name for metric in METRICS)), rows, best)
 
 
-def cost_grid(arena: Arena) -> Grid:
-    """One row a series: what it cost, as the mean over its runs."""
+def cost_grid(arena: Arena, keys: Sequence[str] = tuple(COST_NAMES)) -> Grid:
+    """One row a series: what it cost, as the mean over its runs. A method's own costs only where a run names them."""
+    keys = [key for key in keys if key not in METHOD_COSTS or any(one.cost(key) for one in arena.series)]
     rows = []
     for one in arena.series:
-        found = [(key, one.cost(key)) for key in COST_NAMES]
-        rows.append((one.label, *(NOT_RECORDED if e is None else cost_text(key, e.mean) for key, e in found)))
-    return Grid(("Method", *COST_NAMES.values()), tuple(rows))
+        cells = []
+        for key in keys:
+            found, absent = one.cost(key), NOT_MEASURED if key in METHOD_COSTS else NOT_RECORDED
+            cells.append(absent if found is None else cost_text(key, found.mean))
+        rows.append((one.label, *cells))
+    return Grid(("Method", *(COST_NAMES[key] for key in keys)), tuple(rows))
+
+
+def orders_grid(found: OverOrders) -> Grid:
+    """One row a method: Avg.ACC in each order, over seeds; then Avg.ACC, Forgetting and New.ACC over the orders."""
+    n_orders = len(found.arenas)
+    rows = []
+    for label in found.labels:
+        in_orders = [arena.named(label) for arena in found.arenas]
+        per_order = [NOT_MEASURED if one is None else metric_text(one, "avg_acc") for one in in_orders]
+        over = [estimate_text(found.metric(label, metric.key), n_orders, unit="orders") for metric in METRICS[:3]]
+        rows.append((label, *per_order, *over))
+    orders = [f"Avg.ACC, order {arena.order}" for arena in found.arenas]
+    names = [f"{metric.name}, all orders" for metric in METRICS[:3]]
+    return Grid(("Method", *orders, *names), tuple(rows))
+
+
+def p_text(p: float | None) -> str:
+    if p is None:
+        return NOT_MEASURED
+    return f"< {2 * _LEAST_P:g}" if p < _LEAST_P else f"{p:.3f}"
+
+
+def significance_grid(scope: Scope) -> Grid:
+    """One row a method: its Avg.ACC less the reference's, and p of both tests, raw and corrected."""
+    rows = []
+    for one in scope.contrasts:
+        shown = NOT_MEASURED
+        if one.difference is not None:
+            half = one.difference.half_width
+            shown = f"{one.difference.mean:+.2f}".replace("-", "−") + ("" if half is None else f" ± {half:.2f}")
+        rows.append((one.label, shown, *_test_texts(one.repeats), *_test_texts(one.examples)))
+    over = scope.over
+    columns = (over.capitalize(), f"p, {over}", "Holm", "Test rows", "p, test rows", "Holm")
+    return Grid(("Method", "Difference in Avg.ACC", *columns), tuple(rows))
+
+
+def _test_texts(test: Test) -> tuple[str, str, str]:
+    return str(test.n), p_text(test.p), p_text(test.corrected)
+
+
+def significance_notes(scopes: Sequence[Scope]) -> list[str]:
+    """How the tests are to be read, how weak they are, and which could not be made."""
+    contrasts = [one for scope in scopes for one in scope.contrasts]
+    if not contrasts:
+        return []
+    repeats, examples = max(one.repeats.family for one in contrasts), max(one.examples.family for one in contrasts)
+    notes = [
+        "p, seeds (or orders): paired t-test of no difference, against what another seed would change. p, test rows: "
+        f"paired permutation test ({SIGN_FLIPS:,} sign flips), against what other test rows would change for these "
+        "trained models. "
+        f"Holm: corrected for all comparisons of all tables ({repeats} over seeds or orders, {examples} over test "
+        f"rows); below {ALPHA:g} is significant."
+    ]
+    for scope in scopes:
+        for n in sorted({one.repeats.n for one in scope.contrasts if one.repeats.p is not None}):
+            if n <= _FEW_REPEATS:
+                notes.append(
+                    f"{scope.title}: {n} {scope.over} are few. Even uncorrected, p is below {ALPHA:g} only from "
+                    f"{t_factor(n):.1f} standard errors on, so a large p says little."
+                )
+        untested: dict[str, list[str]] = {}
+        for one in scope.contrasts:
+            for over, test in ((scope.over, one.repeats), ("test rows", one.examples)):
+                if test.missing:
+                    untested.setdefault(f"no test over {over}, {test.missing}", []).append(one.label)
+            if one.unshared_rows:
+                notes.append(
+                    f"{scope.title}: {one.label} and {one.reference} did not answer the same test rows; "
+                    f"{one.unshared_rows} that only one of them answered are left out."
+                )
+        notes += [f"{scope.title}: {why}: {', '.join(labels)}." for why, labels in untested.items()]
+    return notes
 
 
 def final_scores_grid(arena: Arena) -> Grid:
@@ -131,46 +231,6 @@ def row_names(tasks: Sequence[str]) -> list[str]:
     return ["before training", *(f"after {i} {task}" for i, task in enumerate(tasks, start=1))]
 
 
-def _console(title: str) -> Table:
-    return Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-
-
-def comparison_table(runs: Sequence[Run]) -> Table:
-    """For the console: one row a series; the best of each column in bold."""
-    arenas = arrange(runs)
-    table = _console(arenas[0].title if len(arenas) == 1 else "Comparison")
-    table.add_column("Method", overflow="fold")
-    table.add_column("Seeds", overflow="fold")
-    for metric in METRICS:
-        table.add_column(metric.name, justify="right", no_wrap=True)
-    table.add_column("Training", justify="right", no_wrap=True)
-    for arena in arenas:
-        if len(arenas) > 1:
-            table.add_section()
-            table.add_row(Text(arena.title, style="italic"))
-        grid = metrics_grid(arena)
-        for number, (row, one) in enumerate(zip(grid.rows, arena.series, strict=True)):
-            cells = [Text(cell, "bold" if (number, i) in grid.best else "") for i, cell in enumerate(row)]
-            cost = one.cost("train_s")
-            table.add_row(*cells, NOT_RECORDED if cost is None else duration(cost.mean))
-    return table
-
-
-def matrix_table(run: Run) -> Table:
-    """For the console: the accuracy matrix of one run, percent; `–` was not measured."""
-    table = _console(f"{run.method}, seed {run.seed}: score in percent")
-    wide = len(run.tasks) > _WIDE_STREAM
-    table.padding = (0, 0 if wide else 1)
-    table.add_column("", no_wrap=True, max_width=_ROW_NAME_WIDTH_WIDE if wide else _ROW_NAME_WIDTH)
-    for number in range(1, len(run.tasks) + 1):  # the rows carry the names
-        table.add_column(str(number), justify="right", no_wrap=True)
-    last = len(run.tasks)
-    for number, (name, row) in enumerate(zip(row_names(run.tasks), run.matrix, strict=True)):
-        cells = [NOT_MEASURED if value is None else f"{value:.1f}" for value in row]
-        table.add_row(Text(name), *cells, style="bold" if number == last else "")
-    return table
-
-
 def _markdown_cell(text: str) -> str:
     return " ".join(html.escape(text, quote=False).replace("|", r"\|").split())
 
@@ -186,9 +246,24 @@ def markdown(grid: Grid) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def comparison_markdown(runs: Sequence[Run]) -> str:
-    """The metrics of all runs as Markdown tables, one an arena."""
-    parts = []
-    for arena in arrange(runs):
-        parts.append(f"**{_markdown_cell(arena.title)}**, {len(arena.tasks)} tasks\n\n{markdown(metrics_grid(arena))}")
-    return "\n\n".join(parts) + "\n\nPercent; mean ± half width of the 95 % t-interval over seeds.\n"
+def comparison_markdown(runs: Sequence[Run], against: str | None = None) -> str:
+    """The metrics of all runs, and the tests against a reference, as Markdown tables, one an arena.
+
+    Args:
+        against: see `lcia.report.compare_runs`.
+    """
+    found = compare_runs(runs, against)
+    parts = [
+        f"**{_markdown_cell(arena.title)}**, {len(arena.tasks)} tasks\n\n{markdown(metrics_grid(arena))}"
+        for arena in found.arenas
+    ]
+    parts += [f"**{_markdown_cell(orders.title)}**\n\n{markdown(orders_grid(orders))}" for orders in found.orders]
+    words = interval_words(one for arena in found.arenas for one in arena.series)
+    parts.append("; ".join(["Percent", *words]) + ".")
+    tested = [scope for scope in found.all_scopes if scope.contrasts]
+    parts += [
+        f"**{_markdown_cell(f'{one.title}: against {one.reference}')}**\n\n{markdown(significance_grid(one))}"
+        for one in tested
+    ]
+    parts += [_markdown_cell(note) for note in significance_notes(tested)]
+    return "\n\n".join(parts) + "\n"

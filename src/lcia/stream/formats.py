@@ -32,6 +32,7 @@ SPLIT_NAMES = {
     "test": "test",
 }
 IMAGE_MARKER = "<image>"
+_EXAMPLES = "Positive Examples"  # Super-NI's key
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 Turn = tuple[str, str]  # role, text
@@ -55,6 +56,8 @@ class Draft:
     images: tuple[str, ...] = ()  # as written
     split: str | None = None  # train, dev or test
     shared_id: bool = False  # LLaVA's ids name the image: several rows may have one
+    positive_examples: Any = None  # of a Super-NI task, as written
+    demonstrations: tuple[str, ...] = ()  # of the last turn, once the task has settled it
 
     @property
     def system(self) -> str | None:
@@ -244,7 +247,7 @@ def _super_ni(record: Mapping[str, Any], path: Path) -> Iterator[Place]:
         raise UserError(f"{path}: 'Instances' of a Super-NI task file must be a list of at least one object")
     for number, instance in enumerate(instances, start=1):
         if isinstance(instance, dict):
-            instance = {**instance, "instruction": definition}
+            instance = {**instance, "instruction": definition, _EXAMPLES: record.get(_EXAMPLES)}
         yield f"{path}:instance {number}", number, instance
 
 
@@ -310,6 +313,7 @@ def _plain(record: dict[str, Any], source: str) -> Draft:
         outputs=_outputs(record, "output", source),
         complete=False,
         images=images,
+        positive_examples=record.get(_EXAMPLES),
         **_common(record, source),
     )
 

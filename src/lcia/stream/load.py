@@ -13,6 +13,7 @@ from lcia.errors import UserError, did_you_mean
 from lcia.stream.formats import SPLIT_NAMES, Draft, Faults, read_file, read_records
 from lcia.stream.scorers import SCORERS, answer_words, chosen_letter, default_scorer
 from lcia.stream.sources import TaskSource, find
+from lcia.stream.super_ni import positive_examples, super_ni_prompt
 from lcia.stream.types import Row, Stream, Task
 
 SPLITS = ("train", "dev", "test")
@@ -20,7 +21,7 @@ MANY_INSTRUCTIONS = 100  # above this, a task's place in the codebook is worth a
 
 
 def load_stream(
-    source: str | Path | Sequence[Mapping[str, Any]],
+    source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     tasks: Sequence[str] | None = None,
     seed: int = 0,
@@ -30,8 +31,8 @@ def load_stream(
     """Read a stream.
 
     Args:
-        source: a built-in name ("assistant"), a folder, one data file, or a list of tasks
-            {name, path, instruction?, scorer?, image_folder?}.
+        source: a built-in name ("assistant"), one with options ({"name": "instrdialog", "order": 2}), a folder, one
+            data file, or a list of tasks {name, path, instruction?, scorer?, image_folder?, examples?}.
         tasks: names of the tasks to take, in the order in which they shall arrive; None takes all.
         seed: of the 80/10/10 draw for tasks that state no split.
         skip_bad_rows: leave out rows that cannot be used, and list them in `Stream.notes`.
@@ -78,8 +79,9 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
         notes += faults.found
     if not drafts:
         raise UserError(f"task {source.name!r}: no row can be used{_first(faults.found)}")
-    drafts = _with_instructions(drafts, source, notes)
-    splits = _split(drafts, source.name, seed, notes)
+    prompts = _with_instructions if source.examples is None else _super_ni_prompts
+    drafts = prompts(drafts, source, notes)
+    splits = _split(drafts, source, seed, notes)
     scorer = source.scorer or _choose_scorer(source.name, splits["train"], notes)
     if scorer == "option_letter":
         _check_letters(drafts, source.name)
@@ -224,6 +226,28 @@ def _complete(draft: Draft, instruction: str) -> Draft:
     return replace(draft, instruction=instruction, turns=(*draft.turns[:-1], ("user", text)))
 
 
+def _super_ni_prompts(drafts: list[Draft], source: TaskSource, notes: list[str]) -> list[Draft]:
+    """Definition, positive examples and input of each row as Super-NI's prompt; the definition is the instruction."""
+    assert source.examples is not None
+    prompted, fewest = [], source.examples
+    for draft in drafts:
+        definition = draft.instruction or source.instruction
+        if draft.complete or definition is None:
+            raise UserError(
+                f"{draft.source}: 'examples' of task {source.name!r} builds prompts of definition, examples and input: "
+                "it needs plain rows, with an 'instruction' of their own or the task's"
+            )
+        stated = draft.positive_examples if source.positive_examples is None else source.positive_examples
+        examples = positive_examples(stated, draft.source)[: source.examples]
+        text, demonstrations = super_ni_prompt(definition, examples, draft.turns[-1][1])
+        turns = (*draft.turns[:-1], ("user", text))
+        prompted.append(replace(draft, instruction=definition, turns=turns, demonstrations=demonstrations))
+        fewest = min(fewest, len(examples))
+    if fewest < source.examples:
+        notes.append(f"{source.name}: {fewest} positive examples stated, {source.examples} wanted")
+    return prompted
+
+
 def _shared_last_line(drafts: list[Draft], task: str) -> str:
     """The last line of the question, where all rows that need one have the same."""
     lines = {draft.turns[-1][1].strip().rpartition("\n")[2].strip(): draft.source for draft in drafts}
@@ -240,13 +264,14 @@ def _shared_last_line(drafts: list[Draft], task: str) -> str:
     return next(iter(lines))
 
 
-def _split(drafts: list[Draft], task: str, seed: int, notes: list[str]) -> dict[str, list[Draft]]:
+def _split(drafts: list[Draft], source: TaskSource, seed: int, notes: list[str]) -> dict[str, list[Draft]]:
+    task, total = source.name, len(drafts)
     stated = [draft for draft in drafts if draft.split is not None]
     if stated and len(stated) < len(drafts):
         missing = next(draft for draft in drafts if draft.split is None)
         raise UserError(f"{missing.source}: row without split, while {stated[0].source} has one: state all or none")
     if not stated:
-        drafts = _draw_splits(drafts, task, seed)
+        drafts = _draw_splits(drafts, task, seed) if source.split is None else _by_position(drafts, source, seed)
     splits = {split: [draft for draft in drafts if draft.split == split] for split in SPLITS}
     for split in ("train", "test"):
         if not splits[split]:
@@ -255,8 +280,10 @@ def _split(drafts: list[Draft], task: str, seed: int, notes: list[str]) -> dict[
                 f'mark rows with "split": "{split}", or state no split at all to have one drawn'
             )
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
-    if not stated:
+    if not stated and source.split is None:
         notes.append(f"{task}: no split stated, so 80/10/10 drawn with seed {seed}: {sizes}")
+    elif not stated:
+        notes.append(f"{task}: split by position, of {total} rows: {sizes} (training rows drawn with seed {seed})")
     if not splits["dev"]:
         notes.append(f"{task}: no dev rows")
     return splits
@@ -271,6 +298,15 @@ def _draw_splits(drafts: list[Draft], task: str, seed: int) -> list[Draft]:
     # the task's name is part of the seed: adding a task must not change the others' splits
     random.Random(f"{seed}/{task}").shuffle(names)
     return [replace(draft, split=name) for draft, name in zip(drafts, names, strict=True)]
+
+
+def _by_position(drafts: list[Draft], source: TaskSource, seed: int) -> list[Draft]:
+    assert source.split is not None
+    test, dev = source.split.test, source.split.test + source.split.dev
+    rest = drafts[dev:]
+    drawn = random.Random(f"{seed}/{source.name}").sample(range(len(rest)), min(source.split.train, len(rest)))
+    parts = {"test": drafts[:test], "dev": drafts[test:dev], "train": [rest[i] for i in sorted(drawn)]}
+    return [replace(draft, split=name) for name, part in parts.items() for draft in part]
 
 
 def _choose_scorer(task: str, train: list[Draft], notes: list[str]) -> str:
@@ -297,4 +333,12 @@ def _check_letters(drafts: list[Draft], task: str) -> None:
 
 
 def _row(draft: Draft) -> Row:
-    return Row(draft.id or "", draft.instruction or "", draft.turns, draft.outputs, draft.images, draft.source)
+    return Row(
+        draft.id or "",
+        draft.instruction or "",
+        draft.turns,
+        draft.outputs,
+        draft.images,
+        draft.source,
+        draft.demonstrations,
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from lcia.errors import UserError, did_you_mean
 from lcia.stream.formats import SPLIT_NAMES, SUFFIXES, decode_utf8, parse_json, read_bytes
 
 DATA = Path(__file__).parent / "data"
-TASK_KEYS = ("name", "path", "instruction", "scorer", "image_folder")
+TASK_KEYS = ("name", "path", "instruction", "scorer", "image_folder", "examples")
+_EXAMPLES = "positive_examples"  # of a task, in tasks.json
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # train.jsonl, or the hub's shards: train-00000-of-00002.parquet
@@ -22,11 +25,21 @@ _SAVED_DATASET = ("dataset_dict.json", "state.json")  # what datasets' save_to_d
 
 
 @dataclass(frozen=True)
+class PositionalSplit:
+    """The first `test` rows, the next `dev`, and of the rest a draw of at most `train`."""
+
+    test: int
+    dev: int
+    train: int
+
+
+@dataclass(frozen=True)
 class TaskSource:
     """A task that was found but not read: its files, each with the split it is for if its name says so.
 
     `dataset` stands in place of files: a hub id, or a folder written by `datasets`' save_to_disk. Images are
-    looked for in `image_folders`, in order, and nowhere else.
+    looked for in `image_folders`, in order, and nowhere else. With `examples` the prompt is Super-NI's, with so many of
+    the task's positive examples: `positive_examples` as its file or tasks.json states them.
     """
 
     name: str
@@ -35,6 +48,9 @@ class TaskSource:
     instruction: str | None = None
     scorer: str | None = None
     image_folders: tuple[Path, ...] = ()
+    examples: int | None = None
+    positive_examples: Any = None
+    split: PositionalSplit | None = None  # of rows that state none; None: 80/10/10
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find(source: str | Path | Sequence[Mapping[str, Any]]) -> Found:
+def find(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Found:
     """The tasks that `source` names.
 
     Raises:
@@ -56,6 +72,8 @@ def find(source: str | Path | Sequence[Mapping[str, Any]]) -> Found:
         found = BUILT_IN[source]()
     elif isinstance(source, str | Path):
         found = _at_path(Path(source).expanduser())
+    elif isinstance(source, Mapping):
+        found = _with_options(source)
     elif isinstance(source, list | tuple):
         found = Found("list", tuple(_listed(entry, number) for number, entry in enumerate(source)))
     else:
@@ -64,6 +82,21 @@ def find(source: str | Path | Sequence[Mapping[str, Any]]) -> Found:
         raise UserError("stream: the list of tasks is empty; give at least one {name, path}")
     _check_names(task.name for task in found.tasks)
     return found
+
+
+def _with_options(source: Mapping[str, Any]) -> Found:
+    """A built-in stream with options: {name: instrdialog, order: 2}."""
+    options = dict(source)
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in BUILT_IN:
+        hint = did_you_mean(str(name), BUILT_IN)
+        raise UserError(f"stream: {{name, ...}} is for built-in streams, and {name!r} is none. {hint}")
+    known = inspect.signature(BUILT_IN[name]).parameters
+    for key in options:
+        if key not in known:
+            hint = did_you_mean(str(key), known) if known else "It takes none."
+            raise UserError(f"stream: {name} has no option {key!r}. {hint}")
+    return BUILT_IN[name](**options)
 
 
 def _at_path(path: Path) -> Found:
@@ -125,7 +158,7 @@ def _manifest(path: Path) -> Found:
         fields = _fields({key: value for key, value in entry.items() if key in TASK_KEYS}, where)
         if "name" not in fields:
             raise UserError(f"{where} has no 'task' (or 'name')")
-        tasks.append(_from_fields(fields, path))
+        tasks.append(replace(_from_fields(fields, path), positive_examples=entry.get(_EXAMPLES)))
     used = {file.resolve() for task in tasks for file, _ in task.files}
     unlisted = [
         entry.name
@@ -151,7 +184,8 @@ def _listed(entry: Any, number: int) -> TaskSource:
     """A task of the list in a configuration; its paths are relative to the working directory."""
     where = f"stream[{number}]"
     if not isinstance(entry, Mapping):
-        raise UserError(f"{where} must be {{name, path, instruction?, scorer?, image_folder?}}, not {entry!r}")
+        keys = ", ".join(key if key in ("name", "path") else f"{key}?" for key in TASK_KEYS)
+        raise UserError(f"{where} must be {{{keys}}}, not {entry!r}")
     for key in entry:
         if key not in TASK_KEYS:
             raise UserError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), TASK_KEYS)}")
@@ -162,12 +196,15 @@ def _listed(entry: Any, number: int) -> TaskSource:
     return _from_fields(fields, None)
 
 
-def _fields(entry: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The keys that have a value, each a text."""
-    fields = {}
+def _fields(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys that have a value: a text, but for `examples`."""
+    fields: dict[str, Any] = {}
     for key, value in entry.items():
         value = str(value) if isinstance(value, Path) else value
         if value is None:
+            continue
+        if key == "examples":
+            fields[key] = _example_count(value, where)
             continue
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {key!r} must be a text that is not empty, not {value!r}")
@@ -175,7 +212,13 @@ def _fields(entry: Mapping[str, Any], where: str) -> dict[str, str]:
     return fields
 
 
-def _from_fields(fields: Mapping[str, str], root: Path | None) -> TaskSource:
+def _example_count(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{where}: 'examples' must be a whole number from 0, not {value!r}")
+    return value
+
+
+def _from_fields(fields: Mapping[str, Any], root: Path | None) -> TaskSource:
     """The task of one entry; paths are relative to `root`, the folder of tasks.json, where there is one."""
     name = fields["name"]
     if root is None:
@@ -187,7 +230,7 @@ def _from_fields(fields: Mapping[str, str], root: Path | None) -> TaskSource:
     else:
         path = fields["path"]
     image_folder = fields.get("image_folder")
-    return _task(
+    task = _task(
         name,
         path,
         root,
@@ -195,6 +238,7 @@ def _from_fields(fields: Mapping[str, str], root: Path | None) -> TaskSource:
         scorer=fields.get("scorer"),
         image_folder=None if image_folder is None else (root or Path()) / Path(image_folder).expanduser(),
     )
+    return replace(task, examples=fields.get("examples"))
 
 
 def _by_name(name: str, root: Path) -> Path:
@@ -308,4 +352,54 @@ def _assistant() -> Found:
     return Found("assistant", folder(DATA / "assistant").tasks)
 
 
-BUILT_IN: dict[str, Callable[[], Found]] = {"assistant": _assistant}
+def _instrdialog(*, order: int = 1, path: str | None = None, examples: int = 2) -> Found:
+    """CITB's 19 dialogue tasks (Zhang et al., Findings of EMNLP 2023) in one of its three orders.
+
+    Args:
+        order: 1, 2 or 3.
+        path: a folder of Super-NI task files, or one with a tasks.json; `$LCIA_DATA/instrdialog` if not given.
+        examples: positive examples in the prompt; CITB's 2.
+    """
+    file = DATA / "instrdialog" / "orders.json"
+    orders: dict[str, list[str]] = parse_json(decode_utf8(read_bytes(file), file), file)
+    if str(order) not in orders:
+        raise UserError(f"stream: instrdialog has the orders {', '.join(orders)}, not {order!r}")
+    data = _data_folder("instrdialog", path)
+    tasks = _listed_tasks(data) if (data / "tasks.json").is_file() else _task_files(data, orders[str(order)])
+    missing = [name for name in orders[str(order)] if name not in tasks]
+    if missing:
+        raise UserError(f"stream: instrdialog: {data} has no task {missing[0]!r} ({len(missing)} of 19 are missing)")
+    count = _example_count(examples, "stream: instrdialog")
+    chosen = (tasks[name] for name in orders[str(order)])
+    return Found("instrdialog", tuple(replace(task, scorer="rouge_l", examples=count) for task in chosen))
+
+
+def _listed_tasks(path: Path) -> dict[str, TaskSource]:
+    return {task.name: task for task in _manifest(path).tasks}
+
+
+def _task_files(path: Path, names: Sequence[str]) -> dict[str, TaskSource]:
+    """The Super-NI task files of these names, with CITB's splits."""
+    split = PositionalSplit(test=50, dev=50, train=500)
+    files = {name: path / f"{name}.json" for name in names}
+    return {name: replace(_task(name, str(file), path), split=split) for name, file in files.items() if file.is_file()}
+
+
+def _data_folder(name: str, path: str | None) -> Path:
+    """Where the data of a built-in stream lie that do not come with the package."""
+    root = os.environ.get("LCIA_DATA")
+    if path is not None:
+        place = Path(_fields({"path": path}, f"stream: {name}")["path"]).expanduser()
+    elif root:
+        place = Path(root).expanduser() / name
+    else:
+        raise UserError(
+            f"stream: the data of {name} do not come with lcia: write {{name: {name}, path: FOLDER}}, or set LCIA_DATA "
+            f"to the folder in which {name}/ lies"
+        )
+    if not place.is_dir():
+        raise UserError(f"stream: {name}: {place} is not a folder")
+    return place
+
+
+BUILT_IN: dict[str, Callable[..., Found]] = {"assistant": _assistant, "instrdialog": _instrdialog}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,18 @@ class Row:
     outputs: tuple[str, ...]  # outputs[0] is the training target; each one counts as a reference
     images: tuple[str, ...] = ()  # absolute paths
     source: str = ""  # "file:line", for error messages
+    demonstrations: tuple[str, ...] = ()  # what a prompt that is too long can do without; see `with_demonstrations`
+
+    def with_demonstrations(self, count: int) -> Row:
+        """The row with only the first `count` of its demonstrations left in its prompt, and these no longer optional.
+
+        Demonstrations are texts that stand in the last user turn, one right behind the other.
+        """
+        if not self.demonstrations:
+            return self
+        role, text = self.messages[-1]
+        text = text.replace("".join(self.demonstrations), "".join(self.demonstrations[:count]), 1)
+        return replace(self, messages=(*self.messages[:-1], (role, text)), demonstrations=())
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lcia.report.compare import METRICS, Arena, Estimate, Series
-from lcia.report.figures.layout import ceiling, half_width, panel_columns, panel_title, panels, styled
+from lcia.report.compare import METRICS, Arena, Estimate, Interval, Series
+from lcia.report.figures.layout import ceiling, panel_columns, panel_title, panels, styled
 from lcia.report.figures.theme import FAINT, INK, RULE, fitted, hue
 from lcia.report.tables import cost_text
 
@@ -27,6 +27,7 @@ class _Panel:
     title: str
     values: Sequence[Estimate | None]  # one a series
     texts: Sequence[str]
+    intervals: Sequence[Interval | None]
     top: float | None = None  # of the axis; None: the longest bar
 
 
@@ -37,18 +38,20 @@ def final_bars(arena: Arena) -> Figure:
     found = []
     for i, task in enumerate(arena.tasks):
         values = [one.cell(n_tasks, i) for one in arena.series]
-        found.append(_Panel(f"{i + 1} {task}", values, _scores(values), top))
+        intervals = [None if value is None else value.interval for value in values]
+        found.append(_Panel(f"{i + 1} {task}", values, _scores(values), intervals, top))
     return _draw(arena.series, found, panel_columns(n_tasks))
 
 
 @styled
 def metric_bars(arena: Arena) -> Figure:
-    """Avg.ACC, Forgetting and New.ACC, one bar a method, with the 95 % interval over seeds."""
+    """Avg.ACC, Forgetting and New.ACC, one bar a method, with its 95 % interval (see `Series.interval`)."""
     found = []
     for metric in METRICS[:3]:
         values = [one.metric(metric.key) for one in arena.series]
         direction = "higher" if metric.higher_is_better else "lower"
-        found.append(_Panel(f"{metric.name}, {direction} is better", values, _scores(values)))
+        intervals = [one.interval(metric.key) for one in arena.series]
+        found.append(_Panel(f"{metric.name}, {direction} is better", values, _scores(values), intervals))
     return _draw(arena.series, found, len(found))
 
 
@@ -59,8 +62,7 @@ def cost_bars(arena: Arena) -> Figure:
     for key, title in _COSTS.items():
         values = [one.cost(key) for one in arena.series]
         texts = ["" if value is None else cost_text(key, value.mean) for value in values]
-        means = [None if value is None else Estimate((value.mean,)) for value in values]
-        found.append(_Panel(title, means, texts))
+        found.append(_Panel(title, values, texts, [None] * len(values)))
     return _draw(arena.series, found, len(found))
 
 
@@ -88,17 +90,17 @@ def _bars(axis: Axes, panel: _Panel, series: Sequence[Series], named: bool, titl
     axis.spines["left"].set_visible(False)
     axis.axvline(0, color=RULE, lw=1)
     ends = [0.0]
-    for row, value in enumerate(panel.values):
+    for row, (value, interval) in enumerate(zip(panel.values, panel.intervals, strict=True)):
         if value is None:
             axis.text(0, row, " –", va="center", color=FAINT, fontsize=7.5)
             continue
-        half = half_width(value)
+        low, high = (value.mean, value.mean) if interval is None else (interval.low, interval.high)
         axis.barh(row, value.mean, height=0.66, color=hue(row), alpha=0.85, lw=0)
-        if half:
-            axis.errorbar(value.mean, row, xerr=half, color=INK, lw=1, capsize=2)
-        end = max(0.0, value.mean + half)
+        if high > low:  # a whisker from end to end: a bootstrap interval need not hold the value itself
+            axis.errorbar((low + high) / 2, row, xerr=(high - low) / 2, color=INK, lw=1, capsize=2, fmt="none")
+        end = max(0.0, value.mean, high)
         axis.annotate(panel.texts[row], (end, row), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
-        ends += [end, min(0.0, value.mean - half)]
+        ends += [end, min(0.0, value.mean, low)]
     low, high = min(ends), max(panel.top or 0.0, *ends)
     span = (high - low) or 1.0
     axis.set_xlim(low - 0.02 * span, high + 0.28 * span)  # room for the number behind the longest bar

@@ -1,0 +1,127 @@
+"""What of a run is exported: its last snapshot, read without its data and without its model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcia.adapters import stack_name
+from lcia.adapters.pool import WEIGHTS_FILE
+from lcia.backbone import find_model, resolve_paths
+from lcia.config import RunConfig
+from lcia.errors import UserError
+from lcia.grouping import Codebook, Router
+from lcia.methods import Placement, build_method
+from lcia.methods.grouping import InstructionGroups
+from lcia.results import method_name
+from lcia.run_folder import RunFolder
+from lcia.session import frozen_config
+
+CONFIG_FILE = "adapter_config.json"
+_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run's last snapshot, its files checked against the ledger."""
+
+    run: Path
+    config: RunConfig
+    snapshot: Path
+    lora: dict[str, Any]  # adapter_config.json, the same for all adapters of a run
+    groups: dict[str, list[str]]  # what answers requests → its tasks, in the order of learning
+    is_stack: bool  # the one group is all adapters, summed
+    router: Router | None  # None: requests are not routed by their instructions
+    planned: list[str]  # the tasks that the run has when it is finished
+    base: str  # where the base model is found: a hub id or a folder
+    base_sha256: str
+    results: dict[str, Any] | None  # results.json; None: the run is not finished
+
+    @property
+    def method(self) -> str:
+        return method_name(self.config)
+
+    @property
+    def base_is_local(self) -> bool:
+        return Path(self.base).is_dir()
+
+    @property
+    def dtype(self) -> str:
+        """Of the base model in the run."""
+        return resolve_paths(self.config.dtype, self.config.attn_implementation, torch.device("cpu"))["dtype"]
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the base model."""
+        return _AUTO_CLASSES[self.lora["task_type"]]
+
+
+def open_source(run: Path) -> Source:
+    """Read a run, finished or not.
+
+    Raises:
+        UserError: no run, no LoRA adapters in it, its base model is not found, or a file was altered.
+    """
+    folder = RunFolder(run).require_run()
+    config = frozen_config(folder)
+    snapshots = folder.snapshots()
+    if not snapshots:
+        raise UserError(f"{run}: nothing to export: no adapter was learned (`lcia resume {run}` goes on with a run)")
+    last = snapshots[-1]
+    adapters = list(last["sha256"])
+    if any(f"{name}/{WEIGHTS_FILE}" not in last["files"] for name in adapters):
+        raise UserError(
+            f"{run}: method {method_name(config)} learns modules of its own, not LoRA adapters: other programs cannot "
+            f"load them (`lcia generate {run}` answers with them)"
+        )
+    snapshot = folder.check_snapshot(last)
+    placements = {task: Placement(**found) for record in snapshots for task, found in record["placements"].items()}
+    is_stack = any(placement.beneath for placement in placements.values())
+    groups = {name: [task for task, found in placements.items() if found.adapter == name] for name in adapters}
+    planned = _planned(folder)
+    return Source(
+        run=run,
+        config=config,
+        snapshot=snapshot,
+        lora=json.loads((snapshot / adapters[0] / CONFIG_FILE).read_text(encoding="utf-8")),
+        groups={stack_name(adapters): list(placements)} if is_stack else groups,
+        is_stack=is_stack,
+        router=_router(config, snapshot),
+        planned=planned,
+        base=find_model(config.model),
+        base_sha256=folder.records("run_began")[0]["base_sha256"],
+        results=_results(folder, planned),
+    )
+
+
+def _router(config: RunConfig, snapshot: Path) -> Router | None:
+    for part in build_method(config.method_parts()).leaves():
+        if isinstance(part, InstructionGroups):
+            return Router(Codebook.load(snapshot / "codebook.json"), part.router.route_threshold)
+    return None
+
+
+def _planned(folder: RunFolder) -> list[str]:
+    """The names of all tasks that the run has by now, learned or not: the ledger knows them without the data."""
+    names: list[str] = []
+    for record in folder.records("run_began", "extended", "rolled_back"):
+        if record["event"] == "rolled_back":
+            names = names[: names.index(record["to"]) + 1]
+        else:
+            names += record["data_sha256"]
+    return names
+
+
+def _results(folder: RunFolder, planned: list[str]) -> dict[str, Any] | None:
+    """results.json, if it tells of the last row: a run that is being extended still has its old one."""
+    path = folder.path / "results.json"
+    scores = folder.rows(planned).get(len(planned), {"scores": {}})["scores"]
+    if not path.is_file() or not set(planned) <= set(scores):
+        return None
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    is_current = results["tasks"] == planned and results["matrix"][-1] == [scores[name] for name in planned]
+    return results if is_current else None

@@ -1,0 +1,189 @@
+"""AdapterCL (Madotto et al., arXiv 2012.15504): one bottleneck adapter per task; the least perplexed one answers.
+
+    adapter   h + U ReLU(D LayerNorm(h) + b) + c      behind attention and MLP of every layer
+    choice    argmin_t PPL_t(x),  log PPL_t(x) = −1/(n−1) Σ_i log p_t(x_i | x_1 … x_{i−1})      x: the request, n tokens
+    training  L_answer + w · mean over rows of log PPL_t(x)
+
+An adapter never trained on requests has no reason to find its own task's requests likely: the paper's loss covers
+request and answer alike, and so does this one, for w > 0.
+
+Shapes: B rows, L tokens, V vocabulary, N tokens that are predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lcia.adapters import ModulePool, Pool
+from lcia.adapters.bottleneck import Bottleneck
+from lcia.adapters.targets import sublayers
+from lcia.backbone import Backbone, encode_row
+from lcia.backbone.chat import IGNORED, pad_left
+from lcia.errors import UserError
+from lcia.files import write_json
+from lcia.grouping import Match
+from lcia.methods.base import Method, Placement, Training
+from lcia.methods.options import number
+from lcia.methods.passes import evaluating
+from lcia.stream import Row, Task
+
+_FILE = "adapter_cl.json"  # in a checkpoint inside a task: the passes counted so far
+_TOKENS = 1024  # of one batch of requests: its logits are (tokens, V), which is what takes memory
+
+
+def log_perplexity(
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
+    """(B,) fp32: −1/n Σ_i log p(x_i | what stands before it) over the n `counted` tokens of each row.
+
+    A row's first token has nothing before it and does not count; a row of which nothing counts gets 0.
+
+    Args:
+        input_ids, attention_mask: (B, L), padded on the left.
+        counted: (B, L), True where a token's probability counts.
+    """
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        use_cache=False,
+    ).logits  # (B, L, V)
+    predicted = counted[:, 1:] & attention_mask[:, :-1].bool()  # (B, L − 1)
+    surprise = cross_entropy(logits[:, :-1][predicted].float(), input_ids[:, 1:][predicted], reduction="none")  # (N,)
+    rows = torch.zeros(predicted.shape, device=surprise.device).masked_scatter(predicted, surprise)  # (B, L − 1)
+    return rows.sum(1) / predicted.sum(1).clamp(min=1)
+
+
+class AdapterCL(Method):
+    """A new adapter for each task, none of them ever trained again; a request is tried with each.
+
+    Args:
+        bottleneck: m, the adapters' inner width (100 in the released code and in CITB's).
+        request_weight: w of the requests' log perplexity in the loss; 0 trains on answers alone, and saves a second
+            pass through the model.
+    """
+
+    name = "adapter_cl"
+
+    def __init__(self, *, bottleneck: int = 100, request_weight: float = 1.0) -> None:
+        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
+            raise ValueError(f"bottleneck must be a whole number from 1, got {bottleneck!r}")
+        self._bottleneck = bottleneck
+        self._request_weight = number("request_weight", request_weight)
+        self._learned: list[str] = []  # adapters, in the order in which they were learned
+        self._rows_routed = 0  # times the adapters each was tried with, since the last task began
+        self._cost: dict[str, float] = {}
+
+    def make_pool(self, backbone: Backbone, lora: dict[str, Any], seed: int) -> Pool:
+        model, width, bottleneck = backbone.model, backbone.model.config.get_text_config().hidden_size, self._bottleneck
+        if model.config.is_encoder_decoder:
+            raise UserError(
+                f"model {backbone.name}: adapter_cl chooses by the perplexity of the request, and an encoder-decoder "
+                "does not predict its request; use a decoder-only model"
+            )
+        return ModulePool(
+            model,
+            sublayers(model, backbone.name),
+            lambda sublayer: Bottleneck(width, bottleneck),
+            kind="Bottleneck adapter",
+            settings={"name": self.name, "bottleneck": bottleneck},
+            base_name=backbone.name,
+            seed=seed,
+        )
+
+    def open_task(self, task: Task) -> Placement:
+        return Placement(task.name, is_new=True)
+
+    def begin(self, training: Training) -> None:
+        self._model = training.model
+        self._cost = {"extra_forward_rows": self._rows_routed, "extra_backward_rows": 0}
+        self._rows_routed = 0
+
+    def penalty(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        if not self._request_weight:
+            return None
+        input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]  # (B, L)
+        answers = (batch["labels"] != IGNORED).sum(1, keepdim=True)  # (B, 1), at the right edge
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)  # (L,)
+        is_request = attention_mask.bool() & (position < len(position) - answers)
+        for name in self._cost:
+            self._cost[name] += len(input_ids)
+        return self._request_weight * log_perplexity(self._model, input_ids, attention_mask, is_request).mean()
+
+    def close_task(self, task: Task) -> None:
+        self._learned.append(task.name)
+
+    @torch.no_grad()
+    def route(self, requests: Sequence[Row]) -> list[Match] | None:
+        """The adapter with the lowest perplexity, the earliest among equals.
+
+        A match's scores are 1 / PPL, the geometric mean of the probabilities of the request's tokens.
+        """
+        if not self._learned:
+            return None
+        # the reference answer is none of the request
+        prompts = [encode_row(self.backbone.tokenizer, replace(row, outputs=("",))).prompt for row in requests]
+        by_adapter: dict[str, list[float]] = {}  # adapter → log PPL of each request
+        for adapter in self._learned:
+            with self.pool.active(adapter) as model, evaluating(model):
+                by_adapter[adapter] = self._log_perplexities(model, prompts)
+        self._rows_routed += len(prompts) * len(self._learned)
+        matches = []
+        for i in range(len(prompts)):
+            perplexity = {adapter: values[i] for adapter, values in by_adapter.items()}
+            best = min(perplexity, key=perplexity.__getitem__)  # min keeps the first of equals
+            scores = {adapter: math.exp(-value) for adapter, value in perplexity.items()}
+            matches.append(Match(best, scores[best], scores))
+        return matches
+
+    def _log_perplexities(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[float]:
+        """Of each prompt, in order."""
+        device = next(model.parameters()).device
+        found = [0.0] * len(prompts)
+        for chosen in _batches(prompts):
+            asked = [prompts[i] for i in chosen]
+            input_ids = pad_left(asked, self.backbone.pad_id).to(device)  # (B, L)
+            attention_mask = pad_left([[1] * len(prompt) for prompt in asked], 0).to(device)
+            values = log_perplexity(model, input_ids, attention_mask, attention_mask.bool())
+            for i, value in zip(chosen, values.tolist(), strict=True):
+                found[i] = value
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learned": list(self._learned)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._learned = list(state["learned"])
+
+    def adapters_changed(self, origin: Mapping[str, str]) -> None:
+        self._learned = [name for name, source in origin.items() if source in self._learned]
+
+    def save_progress(self, folder: Path) -> None:
+        write_json(folder / _FILE, self._cost)
+
+    def load_progress(self, folder: Path) -> None:
+        self._cost = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+
+    def cost(self) -> dict[str, float]:
+        """Forward rows are those of the loss on requests, and those of routing since the task before was learned."""
+        return dict(self._cost)
+
+
+def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices of prompts of like length, in batches of at most `_TOKENS` padded tokens (or a single prompt)."""
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        if batch and (len(batch) + 1) * len(prompts[i]) > _TOKENS:  # the newest is the longest
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,309 @@
+"""The life of a run: interrupted inside a task, extended, rolled back, regrouped, measured again, gated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from lcia import training
+from lcia.errors import GateError, UserError
+from lcia.progress import Reporter
+from lcia.regrouping import regroup
+from lcia.run import extend, measure_again, require_little_forgetting, resume, rollback, train
+from lcia.run_folder import RunFolder
+from lcia.session import open_run
+from test_run import Killed, hashes, measure, without_cost
+
+
+@pytest.fixture
+def dies_after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the process die behind the n-th optimizer step it takes from now on; 0: never."""
+    on_step_end = training._Moments.on_step_end
+    left = 0
+
+    def count(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        return on_step_end(self, args, state, control, **kwargs)
+
+    def die(steps: int) -> None:
+        nonlocal left
+        left = steps
+
+    monkeypatch.setattr(training._Moments, "on_step_end", count)
+    return die
+
+
+def go_on(folder: Path) -> dict[str, Any]:
+    with Reporter() as reporter:
+        return resume(folder, reporter)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "method", [{"name": "llaca", "rule": rule} for rule in ("fixed", "eq45", "fisher", "eq14")] + ["lora"]
+)
+@pytest.mark.parametrize("step", [8, 10])
+def test_a_task_goes_on_behind_its_last_checkpoint(tiny_config, tmp_path, dies_after_step, dtype, method, step) -> None:
+    """Step 8 of all dies in the second task behind the checkpoint of its step 2, step 10 behind that of step 4."""
+    options = {"method": method, "dtype": dtype, "max_steps": 5, "save_steps": 2, "tasks": ["colours", "paints"]}
+    whole = measure(tiny_config(**options, output_dir=str(tmp_path / "whole")))
+    dies_after_step(step)
+    with pytest.raises(Killed):
+        measure(tiny_config(**options, output_dir=str(tmp_path / "cut")))
+    folder = tmp_path / "cut"
+    kept = [path.name for path in (folder / "state").iterdir()]
+    assert kept == [f"checkpoint-{2 if step == 8 else 4}"]
+    assert ((folder / "state" / kept[0] / "ema.safetensors").is_file()) == (method != "lora")
+    assert not list(folder.rglob("training_args.bin"))
+    dies_after_step(0)
+    assert without_cost(go_on(folder)) == without_cost(whole)
+    assert hashes(folder) == hashes(tmp_path / "whole")
+    assert not list((folder / "state").glob("checkpoint-*"))
+    log, other = ((tmp_path / name / "training_log.jsonl").read_text().splitlines() for name in ("cut", "whole"))
+    assert [json.loads(line)["step"] for line in log] == [json.loads(line)["step"] for line in other]
+
+
+def test_a_task_really_goes_on_and_does_not_start_again(tiny_config, dies_after_step, monkeypatch) -> None:
+    config = tiny_config(method="lora", max_steps=5, save_steps=2, tasks=["colours"])
+    dies_after_step(5)
+    with pytest.raises(Killed):
+        measure(config)
+    steps = []
+    monkeypatch.setattr(
+        training._Moments, "on_pre_optimizer_step", lambda self, args, state, *a, **k: steps.append(state.global_step)
+    )
+    dies_after_step(0)
+    go_on(Path(config.output_dir))
+    assert steps == [4]
+
+
+@pytest.mark.parametrize("damage", ["no mark", "altered weights", "cut optimizer"])
+def test_a_damaged_checkpoint_costs_time_not_correctness(
+    tiny_config, tmp_path, dies_after_step, damage, capsys
+) -> None:
+    options = {"max_steps": 4, "save_steps": 2, "tasks": ["colours", "paints"]}
+    whole = measure(tiny_config(**options, output_dir=str(tmp_path / "whole")))
+    dies_after_step(7)
+    with pytest.raises(Killed):
+        measure(tiny_config(**options, output_dir=str(tmp_path / "cut")))
+    checkpoint = tmp_path / "cut" / "state" / "checkpoint-2"
+    if damage == "no mark":
+        (checkpoint / "complete.json").unlink()
+    else:
+        name = "trained.safetensors" if damage == "altered weights" else "optimizer.pt"
+        content = bytearray((checkpoint / name).read_bytes())
+        content[-1] ^= 1
+        (checkpoint / name).write_bytes(content if damage == "altered weights" else content[:-7])
+    dies_after_step(0)
+    assert without_cost(go_on(tmp_path / "cut")) == without_cost(whole)
+    assert ("is missing or was altered" in capsys.readouterr().err) == (damage != "no mark")
+
+
+@pytest.mark.parametrize("method", ["lcia", {"name": "lcia", "rule": "fisher"}, "lora", "zero_shot"])
+def test_an_extended_run_is_the_run_that_had_the_task_from_the_start(
+    tiny_config, tiny_stream, tmp_path, monkeypatch, method
+):
+    monkeypatch.setenv("LCIA_CACHE", str(tmp_path / "one"))
+    whole = measure(tiny_config(method=method, output_dir=str(tmp_path / "whole")))
+    monkeypatch.setenv("LCIA_CACHE", str(tmp_path / "two"))  # nothing may be reused from it
+    short = measure(tiny_config(method=method, tasks=["colours", "animals"], output_dir=str(tmp_path / "grown")))
+    with Reporter() as reporter:
+        grown = extend(tmp_path / "grown", str(tiny_stream / "paints.jsonl"), None, reporter)
+    assert without_cost(grown) == {**without_cost(whole), "stream": grown["stream"]}
+    assert hashes(tmp_path / "grown") == hashes(tmp_path / "whole")
+    predictions = {
+        path.relative_to(tmp_path / "whole"): path.read_text()
+        for path in (tmp_path / "whole" / "predictions").rglob("*.jsonl")
+    }
+    assert predictions == {path: (tmp_path / "grown" / path).read_text() for path in predictions}
+    # no old cell was computed again: the whole run's evaluations and those of the grown one are the same number
+    total = sum(grown["cost"][key] for key in ("evaluations_run", "evaluations_reused"))
+    assert total == sum(whole["cost"][key] for key in ("evaluations_run", "evaluations_reused"))
+    assert total > sum(short["cost"][key] for key in ("evaluations_run", "evaluations_reused"))
+
+
+def test_extending_refuses_what_does_not_fit(tiny_config, tiny_stream, tmp_path) -> None:
+    config = tiny_config(tasks=["colours", "animals"])
+    measure(config)
+    folder = Path(config.output_dir)
+    ledger = (folder / "ledger.jsonl").read_text()
+    new = str(tiny_stream / "paints.jsonl")
+
+    def refused(match: str, *arguments: Any) -> None:
+        with pytest.raises(UserError, match=match), Reporter() as reporter:
+            extend(folder, *arguments[:2], reporter, *arguments[2:])
+        assert (folder / "ledger.jsonl").read_text() == ledger
+
+    refused("'colours' was learned already", str(tiny_stream / "colours.jsonl"), None)
+    refused("nowhere.jsonl", str(tiny_stream / "nowhere.jsonl"), None)
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump({**config.model_dump(), "learning_rate": 0.5, "lora_r": 2}))
+    refused("learning_rate.*lora_r|lora_r.*learning_rate", new, None, other)
+    frozen = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(frozen.replace("seed: 0", "seed: 7"))
+    refused("seed", new, None)
+    (folder / "config.yaml").write_text(frozen)
+    weights = folder / "history" / "animals" / "animals" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-3])
+    refused("adapter_model", new, None)
+    weights.write_bytes(content)
+    with Reporter() as reporter:  # and after all that the run goes on
+        extend(folder, new, None, reporter)
+
+
+def test_a_method_that_learns_all_at_once_cannot_be_extended(tiny_config, tiny_stream) -> None:
+    config = tiny_config(method="multi_task", tasks=["colours", "animals"])
+    measure(config)
+    with pytest.raises(UserError, match="all tasks at once"), Reporter() as reporter:
+        extend(Path(config.output_dir), str(tiny_stream / "paints.jsonl"), None, reporter)
+
+
+def test_rolled_back_is_never_learned(tiny_config, tiny_stream, tmp_path) -> None:
+    short = measure(tiny_config(tasks=["colours", "animals"], output_dir=str(tmp_path / "short")))
+    whole = measure(tiny_config(output_dir=str(tmp_path / "long")))
+    with Reporter() as reporter:
+        back = rollback(tmp_path / "long", "animals", reporter)
+    assert without_cost(back) == without_cost(short)
+    files = [
+        {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("short", "long")
+    ]
+    assert files[0] == files[1]
+    with Reporter() as reporter:  # what came later may come again
+        again = extend(tmp_path / "long", str(tiny_stream / "paints.jsonl"), None, reporter)
+    assert without_cost(again)["matrix"] == without_cost(whole)["matrix"]
+    assert hashes(tmp_path / "long")[-1] == RunFolder(tmp_path / "long").records("stage_learned")[-1]["sha256"]
+    with Reporter() as reporter, pytest.raises(UserError, match=r"no task 'birds'.*colours, animals, paints"):
+        rollback(tmp_path / "long", "birds", reporter)
+
+
+def test_a_run_is_measured_again_without_being_changed(tiny_config, tmp_path) -> None:
+    config = tiny_config()
+    results = measure(config)
+    folder = Path(config.output_dir)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with Reporter() as reporter:
+        again = measure_again(folder, reporter, all_rows=True, recompute=True)
+        dev = measure_again(folder, reporter, split="dev")
+        one = measure_again(folder, reporter, tasks=["animals"])
+    assert again["matrix"] == results["matrix"]
+    assert again["metrics"] == results["metrics"]
+    assert sum(row["evaluations_reused"] for row in again["rows"]) < results["cost"]["evaluations_reused"] + 1
+    assert all(
+        (folder / "predictions" / path).read_text() == (folder / "evaluations" / "test" / path).read_text()
+        for path in ("0/paints.jsonl", "2/colours.jsonl")
+    )
+    assert list(one["rows"][-1]["scores"]) == ["animals"]
+    expected = measure(tiny_config(eval_split="dev", output_dir=str(tmp_path / "dev")))
+    assert dev["rows"][-1]["scores"] == dict(zip(expected["tasks"], expected["matrix"][-1], strict=True))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_other_data_is_routed_and_measured(tiny_config, tiny_stream, tmp_path) -> None:
+    config = tiny_config(tasks=["colours", "animals"])
+    measure(config)
+    with Reporter() as reporter:
+        found = measure_again(Path(config.output_dir), reporter, source=str(tiny_stream / "paints.jsonl"))
+    assert found["rows"][-1]["routing"] == {"paints": {"colours": 4}}
+    assert found["tasks"] == ["paints"]
+
+
+def test_groups_change_by_hand_with_a_reason(tiny_config) -> None:
+    config = tiny_config()
+    measure(config)
+    folder = Path(config.output_dir)
+    weights = {
+        group: load_file(folder / "pool" / group / "adapter_model.safetensors") for group in ("colours", "animals")
+    }
+    with Reporter() as reporter:
+        renamed = regroup(folder, "rename", "colours", "hues", "a better name", reporter)
+    assert renamed["groups"] == {"colours": "hues", "animals": "animals", "paints": "hues"}
+    assert renamed["routing"]["accuracy"] == 100.0
+    same = load_file(folder / "pool" / "hues" / "adapter_model.safetensors")
+    assert all((same[key] == value).all() for key, value in weights["colours"].items())
+    with Reporter() as reporter:
+        merged = regroup(folder, "merge", "animals", "hues", "one is enough", reporter)
+    assert set(merged["groups"].values()) == {"hues"}
+    assert [path.name for path in (folder / "pool").iterdir()] == ["hues"]
+    assert open_run(folder).pool.names == ["hues"]
+    reasons = [record["reason"] for record in RunFolder(folder).records("groups_changed")]
+    assert reasons == ["a better name", "one is enough"]
+    with Reporter() as reporter:
+        split = regroup(folder, "split", "hues", "beasts", "it was not", reporter, ["animals"])
+    assert split["groups"] == {"colours": "hues", "animals": "beasts", "paints": "hues"}
+    assert json.loads((folder / "codebook.json").read_text())["groups"]["beasts"] == ["Which animal is it"]
+    assert without_cost(go_on(folder)) == without_cost(split)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rename", "birds", "b", "why"), "no group 'birds'"),
+        (("rename", "colours", "animals", "why"), "exists already"),
+        (("merge", "colours", "birds", "why"), "no group 'birds' to merge into"),
+        (("split", "colours", "new", "why", ["animals"]), "some, not all"),
+        (("split", "colours", "new", "why", ["paints"]), "both sides"),
+        (("renam", "colours", "x", "why"), "Did you mean 'rename'"),
+        (("rename", "colours", "x", " "), "reason"),
+        (("rename", "colours", "../x", "why"), "group"),
+    ],
+)
+def test_changes_of_groups_that_do_not_fit_change_nothing(tiny_config, arguments, message) -> None:
+    config = tiny_config()
+    measure(config)
+    folder = Path(config.output_dir)
+    ledger = (folder / "ledger.jsonl").read_text()
+    action, group, other, reason, *tasks = arguments
+    with Reporter() as reporter, pytest.raises(UserError, match=message):
+        regroup(folder, action, group, other, reason, reporter, *tasks)
+    assert (folder / "ledger.jsonl").read_text() == ledger
+
+
+def test_the_gate_names_the_tasks_over_the_budget() -> None:
+    results = {
+        "tasks": ["a", "b", "c"],
+        "matrix": [[0, 0, 0], [90, 0, None], [60, 80, 0], [50, 70, 60]],
+        "metrics": {"forgetting": 25.0},
+    }
+    require_little_forgetting(results, 25.0, per_task=False)
+    require_little_forgetting(results, 40.0, per_task=True)
+    with pytest.raises(GateError, match=r"mean 25.0; tasks over it: a 40.0$"):
+        require_little_forgetting(results, 24.9, per_task=False)
+    with pytest.raises(GateError, match=r"a 40.0, b 10.0$"):
+        require_little_forgetting(results, 5.0, per_task=True)
+    with pytest.raises(UserError, match="no forgetting"):
+        require_little_forgetting({**results, "metrics": {"forgetting": None}}, 5.0, per_task=False)
+
+
+def test_a_copied_run_goes_on_elsewhere(tiny_config, tiny_stream, tmp_path) -> None:
+    measure(tiny_config(tasks=["colours", "animals"], output_dir=str(tmp_path / "here")))
+    whole = measure(tiny_config(output_dir=str(tmp_path / "whole")))
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    with Reporter() as reporter:
+        assert (
+            extend(tmp_path / "there", str(tiny_stream / "paints.jsonl"), None, reporter)["matrix"] == whole["matrix"]
+        )
+
+
+def test_training_needs_no_run_beside_it(tiny_config) -> None:
+    """`train` is the only one that begins a run; the others refuse a folder without one."""
+    with Reporter() as reporter:
+        for call in (
+            lambda p: resume(p, reporter),
+            lambda p: extend(p, "x", None, reporter),
+            lambda p: rollback(p, "x", reporter),
+        ):
+            with pytest.raises(UserError, match="not a run folder"):
+                call(Path(tiny_config().output_dir))
+        assert train(tiny_config(), reporter)["tasks"]
