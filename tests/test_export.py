@@ -27,6 +27,7 @@ from lcia.export.source import open_source
 from lcia.grouping import load_routes
 from lcia.progress import Reporter
 from lcia.run import resume, train
+from lcia.run_folder import RunFolder
 from lcia.session import open_run
 from lcia.stream import Row
 
@@ -462,12 +463,14 @@ def test_an_unfinished_run_is_exported_as_it_is(made, tmp_path, monkeypatch) -> 
     [
         ({"event": "extended", "data_sha256": {"later": "0"}}, "3 of 4 tasks"),
         ({"event": "rolled_back", "to": "animals"}, "2 of 2 tasks"),  # the row without the third task is not measured
+        ({"event": "groups_changed"}, "3 of 3 tasks"),  # the weights are others than those measured
     ],
 )
 def test_results_of_before_are_not_told(copy, tmp_path, line, learned) -> None:
     assert (copy / "results.json").is_file()
+    snapshot = RunFolder(copy).snapshots()[-1]
     with (copy / "ledger.jsonl").open("a") as ledger:
-        ledger.write(json.dumps({**line, "at": "now"}) + "\n")
+        ledger.write(json.dumps({**(snapshot if line["event"] == "groups_changed" else {}), **line}) + "\n")
     assert not export_run(copy, tmp_path / "out").finished
     card = (tmp_path / "out" / "colours" / "README.md").read_text()
     assert learned in card

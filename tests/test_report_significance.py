@@ -15,7 +15,7 @@ from lcia.errors import UserError
 from lcia.report import Run, compare_runs, comparison_json, comparison_markdown, comparison_tables, load_run
 from lcia.report.compare import arrange, over_orders, pareto_front
 from lcia.report.statistics import holm
-from report_runs import make_answered_run, make_answers, make_run
+from report_runs import make_answered_run, make_run
 from test_report_compare import T3, made, printed
 
 Answers = dict[tuple[int, str], list[float]]
@@ -329,22 +329,35 @@ def test_other_tasks_are_no_other_order(tmp_path: Path) -> None:
 
 
 def test_test_rows_are_paired_over_orders_by_task_and_id(tmp_path: Path) -> None:
-    """Each row adds the mean of its differences in both orders."""
+    """Each order weighs the same, whether it was run with two seeds or with one."""
+    seeds = {("a", "b"): (0, 1), ("b", "a"): (0,)}
+    random = np.random.default_rng(1)
     made = {
-        (method, order): make_answers(method, order, n_rows=4)
+        (method, order, seed): final({task: [float(x) for x in random.uniform(0, 1, 4)] for task in order})
         for method in ("lora", "lcia")
-        for order in (("a", "b"), ("b", "a"))
+        for order in seeds
+        for seed in seeds[order]
     }
-    runs = [answered(tmp_path, method, tasks=order, answers=answers) for (method, order), answers in made.items()]
-    shares = [
-        sum(made["lcia", order][2, task][i] - made["lora", order][2, task][i] for order in (("a", "b"), ("b", "a")))
-        / 16
-        for task in ("a", "b")
-        for i in range(4)
+    runs = [
+        answered(tmp_path, method, seed, tasks=order, answers=answers)
+        for (method, order, seed), answers in made.items()
     ]
+    shares = []
+    for task in ("a", "b"):
+        for i in range(4):
+            of_order = {}
+            for order in seeds:
+                differences = [
+                    made["lcia", order, seed][2, task][i] - made["lora", order, seed][2, task][i]
+                    for seed in seeds[order]
+                ]
+                of_order[order] = sum(differences) / len(differences)
+            shares.append(sum(of_order.values()) / 2 / 2 / 4)  # orders, tasks, rows
     (scope,) = compare_runs(runs).order_scopes
     assert scope.contrasts[0].examples.n == 8
     assert scope.contrasts[0].examples.p == pytest.approx(plain_sign_flips(shares), abs=1e-12)
+    assert scope.contrasts[0].difference is not None
+    assert scope.contrasts[0].difference.mean == pytest.approx(100 * math.fsum(shares))
 
 
 # -- cost

@@ -99,6 +99,7 @@ def _routing(final: Mapping[str, Any], groups: Mapping[str, str | None]) -> dict
         right += sum(n for group, n in counts.items() if (groups[name] or "") in stack_members(group))
     return {
         "accuracy": 100.0 * right / asked,
+        "oracle": final["oracle"],  # task → score with the group that learned it
         "oracle_avg_acc": sum(final["oracle"].values()) / len(final["oracle"]),
         "base_model_answers": sum(counts.get("", 0) for counts in confusion.values()),
         "confusion": confusion,  # task → {group, "" for the base model: requests}

@@ -173,7 +173,8 @@ def measure_again(
         recompute: reuse no prediction that was made before.
 
     Returns:
-        {split, source, tasks, matrix, metrics, rows}; it is kept as evaluations/NAME.json, predictions beside it.
+        {run, split, source, tasks, metrics, rows}, with all rows the matrix too; it is kept as evaluations/NAME.json,
+        predictions beside it.
 
     Raises:
         UserError: the run is not finished, or the data cannot be used.
@@ -218,15 +219,13 @@ def measure_again(
             measured.append(measure_row(session, cache, row, seen, split, target, reporter, with_oracle=last))
             reporter.row(row, measured[-1]["scores"])
     names = [task.name for task in asked]
-    by_row = {record["row"]: record for record in measured}
+    scores = measured[-1]["scores"]
     result: dict[str, Any] = {"run": str(path), "split": split, "source": source, "tasks": names, "rows": measured}
-    if source is None and tasks is None:
-        rows = range(len(names) + 1)
-        matrix = [[by_row[j]["scores"].get(name) if j in by_row else None for name in names] for j in rows]
+    result["metrics"] = {"avg_acc": sum(scores.values()) / len(scores)}
+    if all_rows and tasks is None:
+        by_row = {record["row"]: record["scores"] for record in measured}
+        matrix = [[by_row.get(j, {}).get(name) for name in names] for j in range(len(names) + 1)]
         result |= {"matrix": matrix, "metrics": accuracy_metrics(matrix)}
-    else:
-        scores = measured[-1]["scores"]
-        result["metrics"] = {"avg_acc": sum(scores.values()) / len(scores)}
     write_json(target.with_suffix(".json"), result)
     return result
 

@@ -119,9 +119,9 @@ def _planned(folder: RunFolder) -> list[str]:
 def _results(folder: RunFolder, planned: list[str]) -> dict[str, Any] | None:
     """results.json, if it tells of the last row: a run that is being extended still has its old one."""
     path = folder.path / "results.json"
-    scores = folder.rows(planned).get(len(planned), {"scores": {}})["scores"]
-    if not path.is_file() or not set(planned) <= set(scores):
+    if not path.is_file():
         return None
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    is_current = results["tasks"] == planned and results["matrix"][-1] == [scores[name] for name in planned]
+    last = folder.rows(planned).get(len(planned), {"scores": {}})["scores"]
+    is_current = results["tasks"] == planned and results["matrix"][-1] == [last.get(name) for name in planned]
     return results if is_current else None

@@ -35,7 +35,7 @@ class OLoRA(Method):
 
     Args:
         orthogonality: λ₁ of Σ |A_t A_t'ᵀ| (the paper's 0.5).
-        shrinkage: λ₂ of Σ ‖θ_t‖₂, the Frobenius norms (not squared) of the new A and B of every layer (the paper's 0).
+        shrinkage: λ₂ of Σ ‖θ_t‖₂, the Frobenius norms (not squared) of the new A and B of every layer (0: off).
     """
 
     name = "o_lora"
