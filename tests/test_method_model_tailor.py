@@ -21,9 +21,9 @@ from lcia.methods.model_tailor import (
     compensation,
     damped,
     kept_elements,
-    second_moments,
     tailored,
 )
+from lcia.methods.passes import second_moments
 from lcia.progress import Reporter
 from lcia.run import resume, train
 from lcia.session import load_run_stream, open_run

@@ -20,8 +20,7 @@ Shapes: (out, in) a matrix, (in, in) H; r the rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 
 import torch
 
@@ -29,7 +28,7 @@ from lcia.backbone import answer_logits
 from lcia.errors import UserError
 from lcia.methods.base import Method, Training
 from lcia.methods.options import count, number
-from lcia.methods.passes import as_batch, draw, evaluating
+from lcia.methods.passes import as_batch, draw, evaluating, second_moments
 from lcia.stream import Task
 
 _ELEMENTS_AT_ONCE = 2**24  # of the systems solved together: 128 MiB
@@ -101,34 +100,6 @@ def tailored(
     kept = kept_elements(start, end, hessian, keep)
     undone = torch.where(kept, 0.0, start - end)
     return torch.where(kept, end + compensation(undone, kept, hessian), start).to(before.dtype)
-
-
-def second_moments(layers: Mapping[str, torch.nn.Module], passes: Iterable[object]) -> dict[str, torch.Tensor]:
-    """{layer: (in, in) X Xᵀ of its inputs}, fp32, summed over every token that passes; no input is kept.
-
-    Args:
-        layers: linear layers by name; one that is never called is left out of the result.
-        passes: each item is made by a pass through the model.
-    """
-    sums: dict[str, torch.Tensor] = {}
-    seen, product = torch.empty(0), torch.empty(0)
-
-    def add(name: str, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        nonlocal seen, product
-        if arguments[0] is not seen:  # query, key and value are given the very same tensor
-            seen = arguments[0]
-            inputs = seen.flatten(0, -2).float()  # (tokens, in)
-            product = inputs.T @ inputs
-        sums[name] = sums[name] + product if name in sums else product
-
-    handles = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
-    try:
-        for _ in passes:
-            pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
 
 
 class ModelTailor(Method):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -45,3 +46,31 @@ def as_batch(rows: Sequence[Row], backbone: Backbone, device: torch.device) -> d
     """A training batch of `rows`: input_ids, attention_mask, position_ids (B, L); labels (B, A)."""
     batch = collate([encode_row(backbone.tokenizer, row) for row in rows], backbone.pad_id)
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def second_moments(layers: Mapping[str, torch.nn.Module], passes: Iterable[object]) -> dict[str, torch.Tensor]:
+    """{layer: (in, in) X Xᵀ of its inputs}, fp32, summed over every token that passes; no input is kept.
+
+    Args:
+        layers: linear layers by name; one that is never called is left out of the result.
+        passes: each item is made by a pass through the model.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    seen, product = torch.empty(0), torch.empty(0)
+
+    def add(name: str, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        nonlocal seen, product
+        if arguments[0] is not seen:  # query, key and value are given the very same tensor
+            seen = arguments[0]
+            inputs = seen.flatten(0, -2).float()  # (tokens, in)
+            product = inputs.T @ inputs
+        sums[name] = sums[name] + product if name in sums else product
+
+    handles = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
+    try:
+        for _ in passes:
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums

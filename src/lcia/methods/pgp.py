@@ -30,9 +30,8 @@ import torch
 from lcia.backbone import answer_logits
 from lcia.errors import UserError
 from lcia.methods.base import Method, Training
-from lcia.methods.model_tailor import second_moments
 from lcia.methods.options import count, number
-from lcia.methods.passes import as_batch, draw, evaluating
+from lcia.methods.passes import as_batch, draw, evaluating, second_moments
 from lcia.stream import Task
 
 _STATE = "basis/"  # + adapter / matrix
