@@ -314,6 +314,7 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
             rows = measured()
             reporter.row(row, rows[row]["scores"])
 
+    clear_checkpoints(folder.state)  # of a process that was killed between a task's end and its tidying up
     results = assemble_results(
         folder.records("run_began")[0],
         config,
