@@ -146,4 +146,5 @@ def paired_p(values: Sequence[float], reference: Sequence[float]) -> str:
     differences = np.asarray(values) - np.asarray(reference)
     if not differences.any():
         return "same runs"
-    return f"{differences.mean():+.1f}, p = {stats.ttest_rel(values, reference).pvalue:.3f}"
+    p = float(stats.ttest_rel(values, reference).pvalue)
+    return f"{differences.mean():+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
