@@ -84,11 +84,11 @@ def write_tables(runs: dict[str, dict[str, Any]], dev: dict[str, dict[str, float
         + ", ".join(f"{name} {number}" for name, number in any_run["versions"].items())
         + ".",
         "",
-        "The default is chosen by Avg.ACC on dev rows, in whose order the rows stand: another rule replaces the constant",
-        "only where it is better there with p < 0.05. Test rows decide nothing.",
+        "The default is chosen by Avg.ACC on dev rows, in whose order the rows stand: another rule replaces the",
+        "constant only where it is better there with p < 0.05. Test rows decide nothing.",
         "",
-        "| rule | dev Avg.ACC | dev, against retained 0.3 | Avg.ACC | Forgetting | New.ACC | fell back | retained | Avg.ACC against 0.99"
-        " | against retained 0.3 |",
+        "| rule | dev Avg.ACC | dev, against retained 0.3 | Avg.ACC | Forgetting | New.ACC | fell back | retained"
+        " | Avg.ACC against 0.99 | against retained 0.3 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for rule in order:
