@@ -84,10 +84,12 @@ def test_accumulated_micro_batches_are_one_batch(documented, tiny_config, tmp_pa
 
     Plain SGD without clipping: Adam would hide a loss that is wrong by a constant factor.
     """
+    # A stiffer penalty is unstable under plain SGD with this learning rate, and makes much of rounding.
+    mild = {"stay_close": {"strength": 0.3}, "ewc": {"strength": 3.0}}
     pools = []
     for name, size, accumulation in (("whole", 4, 1), ("halves", 2, 2)):
         config = tiny_config(
-            method={"name": "stay_close", "strength": 0.3} if method == "stay_close" else method,
+            method={"name": method, **mild.get(method, {})},
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
             output_dir=str(tmp_path / name),

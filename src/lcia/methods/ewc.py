@@ -64,7 +64,7 @@ class EWC(Method):
     def __init__(
         self,
         *,
-        strength: float = 400.0,
+        strength: float = 5000.0,
         fisher_examples: int | None = 128,
         accumulate: bool = True,
         decay: float = 1.0,
