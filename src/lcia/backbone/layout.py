@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
+from lcia.backbone import prefix
 from lcia.backbone.chat import IGNORED, Encoded, pad_left, pad_right
 
 Batch = Mapping[str, torch.Tensor]
@@ -75,15 +76,27 @@ class DecoderOnly(Layout):
 
     def answer_logits(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits are computed for the right edge only: prompt positions have no loss, and the vocabulary projection
-        is a large part of a small model's step.
+        is a large part of a small model's step. What all prompts begin with is computed once.
         """
-        labels = batch["labels"]  # (B, A)
+        labels, position_ids = batch["labels"], batch["position_ids"]  # (B, A), (B, L)
+        mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
+        cache = prefix.of_batch(model, batch)
+        if cache is not None:
+            shared = cache.get_seq_length()
+            length -= shared
+            # of a row shorter than L, tokens of the prefix stand among the last ones again: not to be seen twice
+            own = (mask[:, -length:].bool() & (position_ids[:, -length:] >= shared)).long()
+            mask = torch.cat([mask.new_ones(len(own), shared), own], dim=1)
+        # As indices, not as a number: what a slice leaves is not contiguous, and torch's product of that with the
+        # vocabulary matrix copies the matrix once per row.
+        answers = torch.arange(length - labels.shape[1], length, device=labels.device)
         logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            logits_to_keep=labels.shape[1],
-            use_cache=False,
+            input_ids=batch["input_ids"][:, -length:],
+            attention_mask=mask,
+            position_ids=position_ids[:, -length:],
+            logits_to_keep=answers,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).logits  # (B, A, V)
         targets = labels[:, 1:]
         kept = targets != IGNORED
@@ -93,10 +106,20 @@ class DecoderOnly(Layout):
         self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int, **options: Any
     ) -> torch.Tensor:
         device = next(model.parameters()).device
-        input_ids = pad_left(prompts, pad_id).to(device)  # (B, P)
-        attention_mask = pad_left([[1] * len(prompt) for prompt in prompts], 0).to(device)
+        # `options` may say that rows have weights of their own: then no prefix is the same
+        cache = None if options else prefix.of_prompts(model, prompts)
+        shared = 0 if cache is None else cache.get_seq_length()
+        rest = [prompt[shared:] for prompt in prompts]
+        start = torch.tensor([list(prompts[0][:shared])] * len(prompts), dtype=torch.long)  # (B, shared)
+        input_ids = torch.cat([start, pad_left(rest, pad_id)], dim=1).to(device)  # (B, P)
+        attention_mask = torch.cat([torch.ones_like(start), pad_left([[1] * len(r) for r in rest], 0)], dim=1)
         output = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **options
+            input_ids=input_ids,
+            attention_mask=attention_mask.to(device),
+            max_new_tokens=max_new_tokens,
+            past_key_values=cache,
+            logits_to_keep=torch.tensor([-1], device=device),  # as indices: see `answer_logits`
+            **options,
         )
         return output[:, input_ids.shape[1] :]
 

@@ -1,0 +1,160 @@
+"""What the rows of a batch share is computed once, and nothing else changes: against each row alone, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from lcia.backbone import answer_loss, collate, prefix
+from lcia.backbone.chat import Encoded
+from lcia.backbone.layout import DECODER_ONLY
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 49,
+    "pad_token_id": 0,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=49, **NO_DROPOUT),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "opt": OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
+}
+SHARED = tuple(range(1, 13))
+ROWS = [
+    Encoded((*SHARED, 20, 21, 22), (30, 49)),
+    Encoded((*SHARED, 23), (31, 32, 33, 49)),
+    Encoded((*SHARED, 24, 25, 26, 27, 28, 29, 20), (34, 49)),
+]
+
+
+def model_of(config: PretrainedConfig, attention: str = "sdpa") -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    return [weights.grad for weights in model.parameters() if weights.grad is not None]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_those_of_the_rows_one_by_one(name: str) -> None:
+    model = model_of(CONFIGS[name])
+    batch = collate(ROWS, pad_id=0)
+    cache = prefix.of_batch(model, batch)
+    assert cache is not None
+    assert cache.get_seq_length() == len(SHARED)
+    tokens = sum(len(row.answer) for row in ROWS)
+    loss = answer_loss(model, batch, tokens)
+    loss.backward()
+    together = [gradient.clone() for gradient in gradients(model)]
+
+    model.zero_grad()
+    alone = 0.0
+    for row in ROWS:  # no padding, no cache, all logits: the definition
+        ids = torch.tensor([[*row.prompt, *row.answer]])
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(row.prompt) - 1 : -1]
+        part = cross_entropy(logits, torch.tensor(row.answer), reduction="sum") / tokens
+        part.backward()
+        alone += part.item()
+    assert loss.item() == pytest.approx(alone, rel=1e-6)
+    for mine, plain in zip(together, gradients(model), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_answers_are_those_of_the_prompts_one_by_one(name: str) -> None:
+    model = model_of(CONFIGS[name]).eval()
+    prompts = [row.prompt for row in ROWS]
+    cache = prefix.of_prompts(model, prompts)
+    assert cache is not None
+    assert cache.get_seq_length() == len(SHARED)
+    together = DECODER_ONLY.generate(model, prompts, 0, 6)
+    for prompt, found in zip(prompts, together, strict=True):
+        alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6)
+        expected = alone[0, len(prompt) :].tolist()
+        assert found.tolist()[: len(expected)] == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=9), st.lists(st.integers(1, 9), min_size=1)),
+        min_size=2,
+        max_size=4,
+    ),
+    start=st.integers(0, 9),
+)
+def test_any_batch_has_the_same_loss_with_and_without(rows: list[tuple[list[int], list[int]]], start: int) -> None:
+    model = model_of(CONFIGS["llama"])
+    batch = collate([Encoded((*SHARED[:start], *prompt), tuple(answer[:9])) for prompt, answer in rows], pad_id=0)
+    logits, targets = DECODER_ONLY.answer_logits(model, batch)
+    full = model(**{key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}).logits
+    labels = batch["labels"][:, 1:]
+    expected = full[:, -labels.shape[1] - 1 : -1][labels >= 0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert targets.tolist() == labels[labels >= 0].tolist()
+
+
+def test_nothing_is_shared_where_it_would_change_something_or_save_nothing() -> None:
+    batch = collate(ROWS, pad_id=0)
+    window = model_of(MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=4))
+    assert prefix.of_batch(window, batch) is None
+    random = model_of(LlamaConfig(**SHAPE, attention_dropout=0.1))
+    assert prefix.of_batch(random.train(), batch) is None
+    assert prefix.of_batch(random.eval(), batch) is not None
+    plain = model_of(CONFIGS["llama"])
+    assert prefix.of_batch(plain, collate(ROWS[:1], pad_id=0)) is None
+    assert prefix.of_batch(plain, collate([Encoded((5, *row.prompt), row.answer) for row in ROWS], 0)) is not None
+    assert prefix.of_batch(plain, collate([ROWS[0], Encoded((40, 41), (42,))], pad_id=0)) is None
+    assert prefix.of_prompts(plain, [ROWS[0].prompt]) is None
+    assert prefix.of_prompts(plain, [(1, 2, 3), (4, 5, 6)]) is None
+    plain.activation_checkpointing_enable()
+    assert prefix.of_batch(plain.train(), batch) is None
+
+
+def test_prompts_that_are_all_the_same_keep_their_last_token() -> None:
+    model = model_of(CONFIGS["llama"]).eval()
+    cache = prefix.of_prompts(model, [SHARED, SHARED])
+    assert cache is not None
+    assert cache.get_seq_length() == len(SHARED) - 1
+    assert DECODER_ONLY.generate(model, [SHARED, SHARED], 0, 3).shape == (2, 3)
+
+
+def test_the_vocabulary_matrix_is_not_copied_once_per_row() -> None:
+    """A slice of the hidden states made torch copy it: half of a step of SmolLM2, and 2 GB for 40 prompts."""
+    model = model_of(CONFIGS["llama"], attention="eager")  # whose products show that the profiler looks
+    model.requires_grad_(False)  # as a base model is: a matrix that is trained is never copied
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        answer_loss(model, collate(ROWS, pad_id=0), 8).backward()
+        with torch.no_grad():
+            DECODER_ONLY.generate(model, [row.prompt for row in ROWS], 0, 2)
+    batched = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
+    assert batched
+    assert not [shapes for shapes in batched if any(50 in shape for shape in shapes)]
