@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check study-demo study-ema-rules study-kill clean
+.PHONY: demo test check study-demo study-ema-rules study-methods study-kill clean
 
 demo: $(STAMP)
 	$(BIN)/lcia demo
@@ -22,6 +22,9 @@ study-demo: $(STAMP)
 
 study-ema-rules: $(STAMP)
 	$(BIN)/python studies/ema_rules.py
+
+study-methods: $(STAMP)
+	$(BIN)/python studies/methods.py
 
 # Thirty processes die by SIGKILL in the middle of a run; `make test` has a few of them.
 study-kill: $(STAMP)

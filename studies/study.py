@@ -92,7 +92,15 @@ def _run(study: str, name: str, values: Mapping[str, Any], jobs: int, first_task
         write_text(config, yaml.safe_dump({**values, "output_dir": str(folder)}))
         arguments = ["train", str(config)]
     document = json.loads(_lcia(name, arguments, jobs))
+    last = folder / "predictions" / str(len(document["tasks"]))
+    document["row_scores"] = {task: _scores(last / f"{task}.jsonl") for task in document["tasks"]}
     write_text(_kept(study, name), json.dumps(document, indent=1) + "\n")
+
+
+def _scores(predictions: Path) -> dict[str, float]:
+    """{row's id: score}: what tests over rows need."""
+    lines = predictions.read_text(encoding="utf-8").splitlines()
+    return {record["id"]: record["score"] for record in map(json.loads, lines)}
 
 
 def _lcia(name: str, arguments: list[str], jobs: int) -> str:

@@ -8,21 +8,33 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+import lcia.backbone
+import lcia.evaluation
 from lcia.adapters import Pool
 from lcia.backbone import Backbone, Layout, encode_row, fit_demonstrations, load_backbone
 from lcia.config import RunConfig, load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
+from lcia.files import file_sha256
 from lcia.methods import Combined, Placement, build_method
 from lcia.results import library_versions, machine
 from lcia.run_folder import RunFolder
 from lcia.seeds import stable_seed
 from lcia.stream import Row, Stream, Task, load_stream
+
+
+@cache
+def _decoding_code() -> str:
+    """Hash of the sources that make a prediction of weights and prompt: an answer kept by others is not reused."""
+    package = Path(lcia.backbone.__file__).parent
+    files = [*sorted(package.glob("*.py")), Path(lcia.evaluation.__file__)]
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 @dataclass
@@ -52,6 +64,7 @@ class Session:
             "generation": model.generation_config.to_dict(),
             "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab()),
             "lora_alpha": self.config.lora_alpha,
+            "code": _decoding_code(),
             "versions": library_versions(),
             "machine": machine(),
         }
