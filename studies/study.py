@@ -66,7 +66,9 @@ def dev_scores(study: str, names: Sequence[str], jobs: int = 0) -> dict[str, dic
 
 def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """A result that was kept must not pass for one of other settings."""
-    differing = [key for key in wanted if key != "method" and key in found and found[key] != wanted[key]]
+    # results of older studies do not hold their configuration
+    known = found.get("config") or {key: found[key] for key in wanted if key != "method" and key in found}
+    differing = [key for key in known if known[key] != wanted.get(key)]
     if differing:
         raise SystemExit(
             f"{path} holds a result of other settings ({', '.join(differing)}) than the study's; remove it"
@@ -88,10 +90,11 @@ def _run(study: str, name: str, values: Mapping[str, Any], jobs: int, first_task
     if (folder / "config.yaml").is_file():
         arguments = ["resume", str(folder)]
     else:
-        config = folder.with_suffix(".yaml")
+        config = folder.with_name(f"{name}.yaml")  # not `with_suffix`: a name may hold a dot
         write_text(config, yaml.safe_dump({**values, "output_dir": str(folder)}))
         arguments = ["train", str(config)]
     document = json.loads(_lcia(name, arguments, jobs))
+    document["config"] = dict(values)
     last = folder / "predictions" / str(len(document["tasks"]))
     document["row_scores"] = {task: _scores(last / f"{task}.jsonl") for task in document["tasks"]}
     write_text(_kept(study, name), json.dumps(document, indent=1) + "\n")
