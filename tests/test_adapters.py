@@ -104,23 +104,23 @@ def test_save_and_load_are_exact_and_damage_is_named(pool: AdapterPool, tmp_path
 
 
 def test_a_mixed_batch_gives_what_each_row_gives_alone(pool: AdapterPool, tiny_model: Path) -> None:
-    from lcia.backbone import load_backbone
+    from lcia.backbone import Encoded, load_backbone
     from lcia.evaluation import Decoding, generate_answers
 
-    tokenizer = load_backbone(str(tiny_model), "float32", "auto").tokenizer
+    reader = load_backbone(str(tiny_model), "float32", "auto").reader
     generator = torch.Generator().manual_seed(0)
     for name in ("a", "b"):
         pool.add(name)
         for parameter in pool.parameters(name).values():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    prompts = [list(range(10, 10 + length)) for length in (7, 3, 12, 5, 9, 4)]
+    prompts = [Encoded(tuple(range(10, 10 + length)), ()) for length in (7, 3, 12, 5, 9, 4)]
     groups = ["a", None, "b", "b", "a", None]
     decoding = Decoding(max_new_tokens=8, batch_size=4, max_length=64)
-    mixed = generate_answers(pool, tokenizer, groups, prompts, decoding)
+    mixed = generate_answers(pool, reader, groups, prompts, decoding)
     alone = [
-        generate_answers(pool, tokenizer, [group], [prompt], decoding)[0]
+        generate_answers(pool, reader, [group], [prompt], decoding)[0]
         for group, prompt in zip(groups, prompts, strict=True)
     ]
     assert mixed == alone
-    swapped = generate_answers(pool, tokenizer, ["b", None, "a", "a", "b", None], prompts, decoding)
+    swapped = generate_answers(pool, reader, ["b", None, "a", "a", "b", None], prompts, decoding)
     assert [a == b for a, b in zip(mixed, swapped, strict=True)] == [False, True, False, False, False, True]

@@ -95,7 +95,7 @@ def test_the_batched_answer_loss_is_the_mean_over_answer_tokens_of_each_row_alon
         alone.append(logits)
         log_probs = logits.double().log_softmax(-1)
         total -= sum(float(log_probs[i, token]) for i, token in enumerate(encoded.answer))
-    batch = collate(rows, backbone.pad_id)
+    batch = collate(rows, backbone.reader.pad_id)
     logits, targets = answer_logits(backbone.model, batch)
     assert targets.tolist() == [token for encoded in rows for token in encoded.answer]
     torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-5)
@@ -126,7 +126,7 @@ def test_batched_answers_are_those_of_each_prompt_alone(tiny_t5: Path, groups: l
         with torch.no_grad():
             for weight in pool.parameters(name).values():
                 weight.add_(torch.randn(weight.shape, generator=generator))
-    prompts = [encode_row(backbone.tokenizer, row(*pair)).prompt for pair in QUESTIONS]
+    prompts = [backbone.reader.encode_prompt(row(*pair)) for pair in QUESTIONS]
     start, end = backbone.model.config.decoder_start_token_id, backbone.tokenizer.eos_token_id
 
     def greedy(prompt: Sequence[int], group: str | None) -> str:
@@ -139,8 +139,8 @@ def test_batched_answers_are_those_of_each_prompt_alone(tiny_t5: Path, groups: l
                 answer.append(int(logits[0, -1].argmax()))
         return str(backbone.tokenizer.decode(answer, skip_special_tokens=True).strip())
 
-    expected = [greedy(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
-    found = generate_answers(pool, backbone.tokenizer, groups, prompts, Decoding(6, batch_size=3, max_length=64))
+    expected = [greedy(prompt.prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
+    found = generate_answers(pool, backbone.reader, groups, prompts, Decoding(6, batch_size=3, max_length=64))
     assert found == expected
     assert len(set(found)) > 1  # else nothing was compared
 
@@ -224,7 +224,7 @@ def test_a_merged_run_is_the_model_that_the_next_run_begins_with(t5_config: Call
     export_run(tmp_path / "init", tmp_path / "merged", "merged")
     session = open_run(tmp_path / "init")
     merged = load_backbone(str(tmp_path / "merged"), dtype="float32")
-    batch = collate([encode_row(merged.tokenizer, row(*pair)) for pair in QUESTIONS], merged.pad_id)
+    batch = collate([encode_row(merged.tokenizer, row(*pair)) for pair in QUESTIONS], merged.reader.pad_id)
     with session.pool.active("shared") as model, torch.no_grad():
         expected, _ = answer_logits(model, batch)
     with session.pool.active(None) as model, torch.no_grad():

@@ -238,7 +238,7 @@ def batch_of(method: AdapterCL) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Rows with answers of different lengths, and the batch they make."""
     rows = [request(text, answer) for text, answer in zip(TEXTS, ANSWERS, strict=True)]
     encoded = [encode_row(method.backbone.tokenizer, row) for row in rows]
-    return encoded, collate(encoded, method.backbone.pad_id)
+    return encoded, collate(encoded, method.backbone.reader.pad_id)
 
 
 def test_the_loss_gets_the_mean_log_perplexity_of_the_requests_without_their_answers(method) -> None:

@@ -213,7 +213,7 @@ def test_the_weights_of_a_run_are_those_computed_by_hand(tiny_config, tmp_path) 
         block = model.get_submodule("base_model.model.model.layers.0")
         handle = block.input_layernorm.register_forward_hook(lambda module, given, out: caught.append(out[0].double()))
         for row in rows:
-            batch = collate([encode_row(session.backbone.tokenizer, row)], session.backbone.pad_id)
+            batch = collate([encode_row(session.backbone.tokenizer, row)], session.backbone.reader.pad_id)
             model.eval()(input_ids=batch["input_ids"])
         handle.remove()
     inputs = torch.cat(caught)  # (tokens, in)

@@ -59,7 +59,7 @@ class Bench:
 
     def batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """As the trainer hands it to a method: with the logits of the training loss."""
-        batch = collate([encode_row(self.backbone.tokenizer, row) for row in rows], self.backbone.pad_id)
+        batch = collate([encode_row(self.backbone.tokenizer, row) for row in rows], self.backbone.reader.pad_id)
         logits, targets = answer_logits(self.pool.model, batch)
         return {**batch, "answer_logits": logits, "answer_tokens": torch.tensor(float(len(targets)))}
 

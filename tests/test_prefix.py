@@ -91,10 +91,11 @@ def test_loss_and_gradients_are_those_of_the_rows_one_by_one(name: str) -> None:
 def test_answers_are_those_of_the_prompts_one_by_one(name: str) -> None:
     model = model_of(CONFIGS[name]).eval()
     prompts = [row.prompt for row in ROWS]
-    cache = prefix.of_prompts(model, prompts)
+    batch = collate([Encoded(prompt, ()) for prompt in prompts], pad_id=0)
+    cache = prefix.of_batch(model, batch)
     assert cache is not None
     assert cache.get_seq_length() == len(SHARED)
-    together = DECODER_ONLY.generate(model, prompts, 0, 6)
+    together = DECODER_ONLY.generate(model, batch, 6)
     for prompt, found in zip(prompts, together, strict=True):
         alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6)
         expected = alone[0, len(prompt) :].tolist()
@@ -132,18 +133,17 @@ def test_nothing_is_shared_where_it_would_change_something_or_save_nothing() -> 
     assert prefix.of_batch(plain, collate(ROWS[:1], pad_id=0)) is None
     assert prefix.of_batch(plain, collate([Encoded((5, *row.prompt), row.answer) for row in ROWS], 0)) is not None
     assert prefix.of_batch(plain, collate([ROWS[0], Encoded((40, 41), (42,))], pad_id=0)) is None
-    assert prefix.of_prompts(plain, [ROWS[0].prompt]) is None
-    assert prefix.of_prompts(plain, [(1, 2, 3), (4, 5, 6)]) is None
     plain.activation_checkpointing_enable()
     assert prefix.of_batch(plain.train(), batch) is None
 
 
 def test_prompts_that_are_all_the_same_keep_their_last_token() -> None:
     model = model_of(CONFIGS["llama"]).eval()
-    cache = prefix.of_prompts(model, [SHARED, SHARED])
+    batch = collate([Encoded(SHARED, ())] * 2, pad_id=0)
+    cache = prefix.of_batch(model, batch)
     assert cache is not None
     assert cache.get_seq_length() == len(SHARED) - 1
-    assert DECODER_ONLY.generate(model, [SHARED, SHARED], 0, 3).shape == (2, 3)
+    assert DECODER_ONLY.generate(model, batch, 3).shape == (2, 3)
 
 
 def test_the_vocabulary_matrix_is_not_copied_once_per_row() -> None:
@@ -154,7 +154,7 @@ def test_the_vocabulary_matrix_is_not_copied_once_per_row() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         answer_loss(model, collate(ROWS, pad_id=0), 8).backward()
         with torch.no_grad():
-            DECODER_ONLY.generate(model, [row.prompt for row in ROWS], 0, 2)
+            DECODER_ONLY.generate(model, collate(ROWS, pad_id=0), 2)
     batched = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
     assert batched
     assert not [shapes for shapes in batched if any(50 in shape for shape in shapes)]

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.text import Text
 
-from lcia.backbone.chat import render_prompt
 from lcia.config import load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
@@ -55,22 +54,20 @@ def answer_requests(
     """Route each (request, instruction) by its instruction and answer it greedily."""
     texts = [user_text(request, instruction) for request, instruction in requests]
     session = open_run(folder)
-    tokenizer = session.backbone.tokenizer
-    matches = session.method.route([Row("", instruction, (("user", text),), ()) for text, instruction in texts])
+    reader = session.backbone.reader
+    rows = [Row("", instruction, (("user", text),), ()) for text, instruction in texts]
+    matches = session.method.route(rows)
     limit = max_new_tokens or session.config.max_new_tokens
     decoding = Decoding(limit, session.config.per_device_eval_batch_size, session.config.max_length)
-    prompts = []
-    for text, _ in texts:
-        special = tokenizer.chat_template is None
-        prompt = tokenizer(render_prompt(tokenizer, [("user", text)]), add_special_tokens=special)["input_ids"]
+    prompts = [reader.encode_prompt(row) for row in rows]
+    for prompt in prompts:
         if not session.backbone.layout.fits(len(prompt), limit, decoding):
             raise UserError(
                 f"the request has {len(prompt)} tokens, which with {limit} new ones does not fit max_length "
                 f"{session.config.max_length}"
             )
-        prompts.append(prompt)
     groups = [match.group for match in matches]
-    answers = generate_answers(session.pool, tokenizer, groups, prompts, decoding)
+    answers = generate_answers(session.pool, reader, groups, prompts, decoding)
     return [
         Answer(text, instruction, match.group, match.score, answer)
         for (text, instruction), match, answer in zip(texts, matches, answers, strict=True)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lcia.adapters import Pool
-from lcia.backbone import encode_row, layout_of
+from lcia.backbone import Encoded, Reader, layout_of
 from lcia.files import write_text
 from lcia.grouping import Match
 from lcia.stream import SCORERS, Row, Task
@@ -32,9 +31,9 @@ class Decoding:
 @torch.no_grad()
 def generate_answers(
     pool: Pool,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     groups: Sequence[str | None],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Encoded],
     decoding: Decoding,
     on_batch: Callable[[int], None] = lambda rows: None,
 ) -> list[str]:
@@ -56,12 +55,11 @@ def generate_answers(
             model.eval()
             for start in range(0, len(order), decoding.batch_size):
                 chosen = order[start : start + decoding.batch_size]
-                asked = [prompts[i] for i in chosen]
+                batch = reader.collate([prompts[i] for i in chosen])
+                batch = {name: values.to(model.device) for name, values in batch.items()}
                 options = {} if single else pool.mixed([groups[i] for i in chosen])
-                output = layout.generate(
-                    model, asked, tokenizer.pad_token_id, decoding.max_new_tokens, **options
-                )  # (B, new)
-                texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+                output = layout.generate(model, batch, decoding.max_new_tokens, **options)  # (B, new)
+                texts = reader.tokenizer.batch_decode(output, skip_special_tokens=True)
                 for i, text in zip(chosen, texts, strict=True):
                     answers[i] = text.strip()
                 on_batch(len(chosen))
@@ -84,14 +82,14 @@ class AnswerCache:
     def answers(
         self,
         adapter_sha256: str | None,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[list[Any]],
         decoding: Decoding,
         compute: Callable[[], list[str]],
     ) -> list[str]:
         content = [
             self._base,
             adapter_sha256,
-            [list(p) for p in prompts],
+            prompts,
             decoding.max_new_tokens,
             decoding.batch_size,
         ]
@@ -118,7 +116,7 @@ class TaskResult:
 
 def evaluate_task(
     pool: Pool,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     task: Task,
     rows: Sequence[Row],
     matches: Sequence[Match],
@@ -128,9 +126,9 @@ def evaluate_task(
 ) -> TaskResult:
     """Answer and score `rows`, each with the weights of its own match."""
     scorer = SCORERS[task.scorer]
-    prompts = [encode_row(tokenizer, row).prompt for row in rows]
+    prompts = [reader.encode_prompt(row) for row in rows]
     layout = layout_of(pool.model.config)
-    fits = [layout.fits(len(prompt), decoding.max_new_tokens, decoding) for prompt in prompts]
+    fits = [layout.fits(len(prompt.prompt), decoding.max_new_tokens, decoding) for prompt in prompts]
     predictions = [""] * len(rows)
     for group in dict.fromkeys(match.group for match in matches):
         mine = [i for i, match in enumerate(matches) if match.group == group and fits[i]]
@@ -139,10 +137,10 @@ def evaluate_task(
         asked = [prompts[i] for i in mine]
         answers = cache.answers(
             None if group is None else pool.sha256(group),
-            asked,
+            [reader.content(prompt) for prompt in asked],
             decoding,
             lambda group=group, asked=asked: generate_answers(
-                pool, tokenizer, [group] * len(asked), asked, decoding, on_batch
+                pool, reader, [group] * len(asked), asked, decoding, on_batch
             ),  # type: ignore[misc]
         )
         for i, answer in zip(mine, answers, strict=True):
@@ -153,7 +151,8 @@ def evaluate_task(
         records.append(
             {
                 "id": row.id,
-                "prompt": tokenizer.decode(prompt),
+                "prompt": reader.tokenizer.decode(prompt.prompt),
+                **({"images": list(prompt.images)} if prompt.images else {}),
                 "prediction": prediction,
                 "reference": list(row.outputs),
                 "score": score,

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import yaml
 
-from lcia.backbone import Encoded, encode_row
+from lcia.backbone import Encoded
 from lcia.checkpoint import clear_checkpoints, find_checkpoint
 from lcia.progress import Reporter
 from lcia.results import peak_memory_mib
@@ -49,7 +49,7 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         task,
         placement,
         rows,
-        pad_id=session.backbone.pad_id,
+        collate=session.backbone.reader.collate,
         arguments=arguments,
         state_folder=folder.state,
         checkpoint=checkpoint,
@@ -85,7 +85,7 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
 
 def _encode(session: Session, rows: Sequence[Row]) -> tuple[list[tuple[Row, Encoded]], int]:
     """The rows that fit with their token ids, and how many do not."""
-    encoded = [(row, encode_row(session.backbone.tokenizer, row)) for row in rows]
+    encoded = [(row, session.backbone.reader.encode(row)) for row in rows]
     fits = session.backbone.layout.fits
     fitting = [(row, ids) for row, ids in encoded if fits(len(ids.prompt), len(ids.answer), session.config)]
     return fitting, len(encoded) - len(fitting)

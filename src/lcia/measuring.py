@@ -42,8 +42,8 @@ def measure_row(
     too_long: dict[str, int] = {}
 
     def evaluate(task: Task, rows: Sequence[Row], matches: Sequence[Match]) -> TaskResult:
-        tokenizer = session.backbone.tokenizer
-        return evaluate_task(session.pool, tokenizer, task, rows, matches, cache, session.decoding, reporter.advance)
+        reader = session.backbone.reader
+        return evaluate_task(session.pool, reader, task, rows, matches, cache, session.decoding, reporter.advance)
 
     for task in tasks:
         rows = chosen[task.name]

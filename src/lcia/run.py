@@ -47,7 +47,7 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     check_text_only(stream, config.model)
     folder = RunFolder(config.output_dir).require_free()
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-    check_lengths(stream.tasks, backbone.tokenizer, backbone.layout, config)
+    check_lengths(stream.tasks, backbone.reader, backbone.layout, config)
     check_target_modules(backbone, config.lora_target_modules)
     make_pool(config, backbone)  # refuses now what would not fit once the run has begun
     with folder.lock():
@@ -116,7 +116,7 @@ def extend(
             raise UserError(f"{path}: task {min(taken)!r} was learned already; a new task needs a name of its own")
         check_text_only(added, config.model)
         backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-        check_lengths(added.tasks, backbone.tokenizer, backbone.layout, config)
+        check_lengths(added.tasks, backbone.reader, backbone.layout, config)
         session = open_session(folder, config, stream, backbone)
         if stream.tasks and len(session.method.schedule(stream.tasks)) == 1 < len(stream):
             raise UserError(f"{path}: method {method_name(config)} learns all tasks at once; start a new run")

@@ -12,12 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 import lcia.backbone
 import lcia.evaluation
 from lcia.adapters import Pool
-from lcia.backbone import Backbone, Layout, encode_row, fit_demonstrations, load_backbone
+from lcia.backbone import Backbone, Layout, Reader, fit_demonstrations, load_backbone
 from lcia.config import RunConfig, load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
@@ -72,7 +70,7 @@ class Session:
 
     def fitted(self, stream: Stream) -> Stream:
         """The stream with prompts that fit the model, where they have demonstrations to do without."""
-        return fit_demonstrations(stream, self.backbone.tokenizer, self.backbone.layout, self.config)
+        return fit_demonstrations(stream, self.backbone.reader, self.backbone.layout, self.config)
 
     def go_to(self, snapshot: dict[str, Any] | None) -> None:
         """Method and pool as the ledger's line `snapshot` left them; None: before anything was learned."""
@@ -236,10 +234,10 @@ def check_text_only(stream: Stream, model: str) -> None:
                     raise UserError(f"{row.source}: an image row, and model {model!r} reads text only")
 
 
-def check_lengths(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, layout: Layout, config: RunConfig) -> None:
+def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config: RunConfig) -> None:
     """Raises UserError before any training for a task of which no row fits."""
     for task in tasks:
-        encoded = (encode_row(tokenizer, row.with_demonstrations(0)) for row in task.train)
+        encoded = (reader.encode(row.with_demonstrations(0)) for row in task.train)
         if not any(layout.fits(len(ids.prompt), len(ids.answer), config) for ids in encoded):
             raise UserError(f"task {task.name!r}: no training row fits {layout.limit_text(config)}; raise it")
 

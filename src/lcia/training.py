@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from lcia.backbone import Encoded, answer_logits, collate
+from lcia.backbone import Encoded, answer_logits
 from lcia.checkpoint import Checkpoint, load_trained, mark_complete, save_trained
 from lcia.methods import Method, Placement, Training
 from lcia.stream import Row, Task
@@ -174,7 +174,7 @@ def learn_task(
     task: Task,
     placement: Placement,
     rows: Sequence[tuple[Row, Encoded]],
-    pad_id: int,
+    collate: Callable[[Sequence[Encoded]], dict[str, torch.Tensor]],
     arguments: Mapping[str, Any],
     state_folder: Path,
     checkpoint: Checkpoint | None,
@@ -210,7 +210,7 @@ def learn_task(
         model=model,
         args=settings,
         train_dataset=[encoded for _, encoded in rows],
-        data_collator=lambda batch: collate(batch, pad_id),
+        data_collator=collate,
         callbacks=[moments],
         method=method,
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lcia.backbone import encode_row, fit_demonstrations
-from lcia.backbone.loading import find_model, load_layout, load_tokenizer
+from lcia.backbone import find_model, fit_demonstrations, load_layout, load_reader
 from lcia.config import RunConfig
 from lcia.grouping import Codebook
 from lcia.methods import build_method
@@ -23,13 +22,13 @@ def validate_config(config: RunConfig) -> StreamSummary:
     check_text_only(stream, config.model)
     codebook = build_method(config.method_parts()).codebook
     where = find_model(config.model)
-    tokenizer = load_tokenizer(where, config.model)
     layout = load_layout(where, config.model)
-    check_lengths(stream.tasks, tokenizer, layout, config)
-    stream = fit_demonstrations(stream, tokenizer, layout, config)
+    reader = load_reader(where, config.model, layout)
+    check_lengths(stream.tasks, reader, layout, config)
+    stream = fit_demonstrations(stream, reader, layout, config)
     return describe(
         stream,
-        count_tokens=lambda row: layout.length(encode_row(tokenizer, row)),
+        count_tokens=lambda row: layout.length(reader.encode(row)),
         max_length=config.max_length,
         groups=None if codebook is None else planned_groups(stream, codebook),
     )
@@ -42,11 +41,12 @@ def validate_folder(folder: Path, model: str | None = None) -> StreamSummary:
     if model is None:
         return describe(stream, groups=groups)
     where = find_model(model)
-    tokenizer, layout = load_tokenizer(where, model), load_layout(where, model)
+    layout = load_layout(where, model)
+    reader = load_reader(where, model, layout)
     limit = RunConfig.model_fields["max_length"].default
     return describe(
         stream,
-        count_tokens=lambda row: layout.length(encode_row(tokenizer, row)),
+        count_tokens=lambda row: layout.length(reader.encode(row)),
         max_length=limit,
         groups=groups,
     )

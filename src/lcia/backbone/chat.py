@@ -4,6 +4,8 @@ Left padding puts every answer at the right edge, so that a batch needs logits f
 positions only, and training and generation share one layout. An encoder-decoder takes prompt and
 answer apart again (layout.py): whatever makes or reads batches need not know which kind of model it serves.
 
+`Chat` below is what writes a conversation as the model knows it: a tokenizer, or the processor of a model that sees.
+
 Shapes: B rows, L padded tokens, A padded answer tokens + 1.
 """
 
@@ -11,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from lcia.stream import Row
 
+Chat: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 IGNORED = -100  # the label of a position without loss, as in torch's cross entropy
 
 
@@ -26,30 +30,45 @@ class Encoded:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]  # ends with the token that ends a turn
+    text: str = ""  # of the prompt, where it shows images: they are read again for every batch
+    images: tuple[str, ...] = ()  # absolute paths
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> str:
-    """The text the model sees before its answer. A tokenizer without a chat template gets plain lines.
+def _turns(chat: Chat, messages: Sequence[tuple[str, str]], images: int) -> list[dict[str, Any]]:
+    """The conversation as templates take it; images stand before the text of the first user turn."""
+    if isinstance(chat, PreTrainedTokenizerBase):
+        return [{"role": role, "content": text} for role, text in messages]
+    turns: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}]} for role, text in messages
+    ]
+    first = next(turn for turn in turns if turn["role"] == "user")
+    first["content"] = [{"type": "image"}] * images + first["content"]
+    return turns
+
+
+def render_prompt(chat: Chat, messages: Sequence[tuple[str, str]], images: int = 0) -> str:
+    """The text the model sees before its answer. Without a chat template that is plain lines.
 
     Text that ends in white space has been made to be answered right there ("... Output: "), and stays as it is.
     """
-    if tokenizer.chat_template is None:
-        return "".join(text if text[-1:].isspace() else f"{text}\n" for _, text in messages)
-    turns = [{"role": role, "content": text} for role, text in messages]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    if chat.chat_template is None:
+        shown = f"{chat.image_token * images}\n" if images else ""
+        return shown + "".join(text if text[-1:].isspace() else f"{text}\n" for _, text in messages)
+    turns = _turns(chat, messages, images)
+    return str(chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], answer: str) -> str:
+def render_answer(chat: Chat, messages: Sequence[tuple[str, str]], answer: str, images: int = 0) -> str:
     """The answer as the template writes it, up to and with the end of the turn."""
-    end = str(tokenizer.eos_token or "")
-    prompt = render_prompt(tokenizer, messages)
-    if tokenizer.chat_template is None:
+    end = str(_tokenizer(chat).eos_token or "")
+    prompt = render_prompt(chat, messages, images)
+    if chat.chat_template is None:
         return answer + end
-    turns = [{"role": role, "content": text} for role, text in [*messages, ("assistant", answer)]]
-    full = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    turns = _turns(chat, [*messages, ("assistant", answer)], images)
+    full = str(chat.apply_chat_template(turns, tokenize=False))
     # Some templates rewrite earlier turns once an answer follows; then the plain form is used.
     written = full[len(prompt) :] if full.startswith(prompt) else answer
     if end and end in written[len(answer) :]:
@@ -58,12 +77,23 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[s
     return written + end
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
-    """Prompt and answer tokenised apart, so that generation starts from the very tokens trained on."""
-    special = tokenizer.chat_template is None  # a template writes its own special tokens
-    prompt = tokenizer(render_prompt(tokenizer, row.messages), add_special_tokens=special)["input_ids"]
-    answer = tokenizer(render_answer(tokenizer, row.messages, row.outputs[0]), add_special_tokens=False)["input_ids"]
-    return Encoded(tuple(prompt), tuple(answer))
+def _tokenizer(chat: Chat) -> PreTrainedTokenizerBase:
+    return chat if isinstance(chat, PreTrainedTokenizerBase) else chat.tokenizer
+
+
+def encode_row(chat: Chat, row: Row) -> Encoded:
+    """Prompt and answer of a row without images, tokenised apart: generation starts from the very tokens trained on."""
+    return Encoded(encode_prompt(chat, row), encode_answer(chat, row))
+
+
+def encode_prompt(chat: Chat, row: Row) -> tuple[int, ...]:
+    special = chat.chat_template is None  # a template writes its own special tokens
+    return tuple(_tokenizer(chat)(render_prompt(chat, row.messages), add_special_tokens=special)["input_ids"])
+
+
+def encode_answer(chat: Chat, row: Row) -> tuple[int, ...]:
+    text = render_answer(chat, row.messages, row.outputs[0], len(row.images))
+    return tuple(_tokenizer(chat)(text, add_special_tokens=False)["input_ids"])
 
 
 def pad_left(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from transformers import PreTrainedTokenizerBase
-
-from lcia.backbone.chat import encode_row
 from lcia.backbone.layout import Layout, Limits
+from lcia.backbone.reader import Reader
 from lcia.stream import Row, Stream, Task
 
 
-def fit_demonstrations(stream: Stream, tokenizer: PreTrainedTokenizerBase, layout: Layout, limits: Limits) -> Stream:
+def fit_demonstrations(stream: Stream, reader: Reader, layout: Layout, limits: Limits) -> Stream:
     """The stream with as many demonstrations in each prompt as leave room for an answer, and a note where some went.
 
     They go from the last one on, as in Super-NI. What is too long without any is left to whoever uses the row. No row
@@ -27,7 +25,7 @@ def fit_demonstrations(stream: Stream, tokenizer: PreTrainedTokenizerBase, layou
             wanted = len(row.demonstrations)
             for count in range(wanted, 0, -1):
                 shorter = row.with_demonstrations(count)
-                if layout.fits(len(encode_row(tokenizer, shorter).prompt), limits.max_new_tokens, limits):
+                if layout.fits(len(reader.encode(shorter).prompt), limits.max_new_tokens, limits):
                     break
             else:
                 count, shorter = 0, row.with_demonstrations(0)

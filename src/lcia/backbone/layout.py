@@ -1,4 +1,4 @@
-"""The two kinds of language model side by side: how each takes a prompt and gives an answer.
+"""The kinds of language model side by side: how each takes a prompt and gives an answer.
 
 Rows and batches (chat.py) are the same for both. What differs is chosen once, by the model's configuration, and stands
 here.
@@ -9,22 +9,26 @@ Shapes: B rows, L padded tokens, P padded prompt tokens, A padded answer tokens 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    DynamicCache,
 )
 
 from lcia.backbone import prefix
-from lcia.backbone.chat import IGNORED, Encoded, pad_left, pad_right
+from lcia.backbone.chat import IGNORED, Encoded
 
 Batch = Mapping[str, torch.Tensor]
+_TEXT = {"input_ids", "attention_mask", "position_ids", "labels"}  # what a batch holds without images
 
 
 class Limits(Protocol):
@@ -40,6 +44,7 @@ class Limits(Protocol):
 class Layout(ABC):
     """One kind of model."""
 
+    sees: ClassVar[bool] = False  # whether rows may have images
     auto_model: ClassVar[Any]  # transformers' class that loads it
     models: ClassVar[Mapping[Any, Any]]  # configuration class → model class, all that `auto_model` knows
     peft_task: ClassVar[str]  # PEFT's name of its task
@@ -49,10 +54,11 @@ class Layout(ABC):
         """(N, V) logits in fp32 and (N,) targets of the answer tokens of a batch from `collate`, row after row."""
 
     @abstractmethod
-    def generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int, **options: Any
-    ) -> torch.Tensor:
-        """(B, new) token ids of the answers, by the model's own generation_config; `options` go to its `generate`."""
+    def generate(self, model: Any, batch: Batch, max_new_tokens: int, **options: Any) -> torch.Tensor:
+        """(B, new) token ids of the answers to a batch of prompts, by the model's own generation_config.
+
+        `options` go to the model's `generate`.
+        """
 
     @abstractmethod
     def length(self, encoded: Encoded) -> int:
@@ -78,50 +84,57 @@ class DecoderOnly(Layout):
         """Logits are computed for the right edge only: prompt positions have no loss, and the vocabulary projection
         is a large part of a small model's step. What all prompts begin with is computed once.
         """
-        labels, position_ids = batch["labels"], batch["position_ids"]  # (B, A), (B, L)
-        mask, length = batch["attention_mask"], batch["input_ids"].shape[1]
-        cache = prefix.of_batch(model, batch)
-        if cache is not None:
-            shared = cache.get_seq_length()
-            length -= shared
-            # of a row shorter than L, tokens of the prefix stand among the last ones again: not to be seen twice
-            own = (mask[:, -length:].bool() & (position_ids[:, -length:] >= shared)).long()
-            mask = torch.cat([mask.new_ones(len(own), shared), own], dim=1)
+        labels, mask = batch["labels"], batch["attention_mask"]  # (B, A), (B, L)
+        cache = self._prefix(model, batch)
+        mask, shared = _behind(cache, batch)
+        length = batch["input_ids"].shape[1] - shared
         # As indices, not as a number: what a slice leaves is not contiguous, and torch's product of that with the
         # vocabulary matrix copies the matrix once per row.
         answers = torch.arange(length - labels.shape[1], length, device=labels.device)
         logits = model(
             input_ids=batch["input_ids"][:, -length:],
             attention_mask=mask,
-            position_ids=position_ids[:, -length:],
             logits_to_keep=answers,
             past_key_values=cache,
             use_cache=cache is not None,
+            **self._positions(batch["position_ids"][:, -length:]),
+            **self._shown(batch, length),
         ).logits  # (B, A, V)
         targets = labels[:, 1:]
         kept = targets != IGNORED
         return logits[:, :-1][kept].float(), targets[kept]
 
-    def generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int, **options: Any
-    ) -> torch.Tensor:
-        device = next(model.parameters()).device
+    def generate(self, model: Any, batch: Batch, max_new_tokens: int, **options: Any) -> torch.Tensor:
         # `options` may say that rows have weights of their own: then no prefix is the same
-        cache = None if options else prefix.of_prompts(model, prompts)
-        shared = 0 if cache is None else cache.get_seq_length()
-        rest = [prompt[shared:] for prompt in prompts]
-        start = torch.tensor([list(prompts[0][:shared])] * len(prompts), dtype=torch.long)  # (B, shared)
-        input_ids = torch.cat([start, pad_left(rest, pad_id)], dim=1).to(device)  # (B, P)
-        attention_mask = torch.cat([torch.ones_like(start), pad_left([[1] * len(r) for r in rest], 0)], dim=1)
+        cache = None if options else self._prefix(model, batch)
+        mask, shared = _behind(cache, batch)
+        ids = batch["input_ids"]
+        length = ids.shape[1] - shared
+        if cache is not None:  # generate wants the tokens whose keys and values it is given
+            start = int(batch["attention_mask"][0].argmax())
+            ids = torch.cat([ids[:1, start : start + shared].expand(len(ids), -1), ids[:, -length:]], dim=1)
         output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
             past_key_values=cache,
-            logits_to_keep=torch.tensor([-1], device=device),  # as indices: see `answer_logits`
+            logits_to_keep=torch.tensor([-1], device=ids.device),  # as indices: see `answer_logits`
+            **self._shown(batch, ids.shape[1]),
             **options,
         )
-        return output[:, input_ids.shape[1] :]
+        return output[:, ids.shape[1] :]
+
+    def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
+        """What all rows begin with, computed once."""
+        return prefix.of_batch(model, batch)
+
+    def _positions(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The positions that the model is told."""
+        return {"position_ids": position_ids}
+
+    def _shown(self, batch: Batch, length: int) -> dict[str, torch.Tensor]:
+        """What the model is given beside its tokens, for the last `length` of them."""
+        return {}
 
     def length(self, encoded: Encoded) -> int:
         return len(encoded)
@@ -155,14 +168,13 @@ class EncoderDecoder(Layout):
         kept = targets != IGNORED
         return logits[kept].float(), targets[kept]
 
-    def generate(
-        self, model: Any, prompts: Sequence[Sequence[int]], pad_id: int, max_new_tokens: int, **options: Any
-    ) -> torch.Tensor:
-        device = next(model.parameters()).device
-        input_ids = pad_right(prompts, pad_id).to(device)  # (B, P)
-        attention_mask = pad_right([[1] * len(prompt) for prompt in prompts], 0).to(device)
+    def generate(self, model: Any, batch: Batch, max_new_tokens: int, **options: Any) -> torch.Tensor:
+        is_prompt = batch["attention_mask"].bool()
         output = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **options
+            input_ids=flush_left(batch["input_ids"], is_prompt, model.config.pad_token_id or 0),  # (B, P)
+            attention_mask=flush_left(is_prompt.long(), is_prompt, 0),
+            max_new_tokens=max_new_tokens,
+            **options,
         )
         return output[:, 1:]  # without the token that starts every answer
 
@@ -176,13 +188,63 @@ class EncoderDecoder(Layout):
         return prompt <= limits.max_length and answer <= limits.max_new_tokens
 
 
+class VisionLanguage(DecoderOnly):
+    """Prompt and answer are one sequence in which some tokens stand for parts of images (LLaVA, arXiv 2304.08485)."""
+
+    auto_model = AutoModelForImageTextToText
+    models = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    sees = True
+
+    def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
+        """None where images are shown: the model must see them beside the first token behind the prefix."""
+        return super()._prefix(model, batch) if set(batch) == _TEXT else None
+
+    def _shown(self, batch: Batch, length: int) -> dict[str, torch.Tensor]:
+        return {
+            name: values if values.shape[:2] != batch["attention_mask"].shape else values[:, -length:]
+            for name, values in batch.items()
+            if name not in _TEXT
+        }
+
+
+class GridVisionLanguage(VisionLanguage):
+    """A token of an image has a position in time, height and width (Qwen2-VL, arXiv 2409.12191): models of this kind
+    find the positions of all tokens by themselves, from the tokens and the sizes of the images.
+    """
+
+    def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
+        return None
+
+    def _positions(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
+
+
 DECODER_ONLY = DecoderOnly()
 ENCODER_DECODER = EncoderDecoder()
+VISION_LANGUAGE = VisionLanguage()
+GRID_VISION_LANGUAGE = GridVisionLanguage()
 
 
 def layout_of(config: Any) -> Layout:
     """The layout of a model with this transformers configuration."""
-    return ENCODER_DECODER if config.is_encoder_decoder else DECODER_ONLY
+    if config.is_encoder_decoder:
+        return ENCODER_DECODER
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return DECODER_ONLY
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}  # not every language model has a RoPE
+    return GRID_VISION_LANGUAGE if "mrope_section" in rope else VISION_LANGUAGE
+
+
+def _behind(cache: DynamicCache | None, batch: Batch) -> tuple[torch.Tensor, int]:
+    """The mask for what stands behind the prefix in `cache`, prefix included, and the prefix's length."""
+    mask = batch["attention_mask"]
+    if cache is None:
+        return mask, 0
+    shared = cache.get_seq_length()
+    length = mask.shape[1] - shared
+    # of a row shorter than L, tokens of the prefix stand among the last ones again: not to be seen twice
+    own = (mask[:, -length:].bool() & (batch["position_ids"][:, -length:] >= shared)).long()
+    return torch.cat([mask.new_ones(len(own), shared), own], dim=1), shared
 
 
 def flush_left(values: torch.Tensor, keep: torch.Tensor, fill: int) -> torch.Tensor:

@@ -11,20 +11,24 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from lcia.backbone.cache import cache_dir
-from lcia.backbone.layout import ENCODER_DECODER, Layout, layout_of
+from lcia.backbone.layout import ENCODER_DECODER, GRID_VISION_LANGUAGE, Layout, layout_of
+from lcia.backbone.reader import ImageReader, Reader
 from lcia.errors import UserError, did_you_mean
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -46,21 +50,20 @@ BUILT_IN = {"smollm2-135m": _smollm2_gguf}
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen language model, decoder-only or encoder-decoder, with its tokenizer."""
+    """A frozen model of language, or of language and images, with what reads rows for it."""
 
     name: str
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    reader: Reader
     fingerprint: str  # sha256 of the weights: predictions are only reused under the same one
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.reader.tokenizer
 
     @property
     def layout(self) -> Layout:
         return layout_of(self.model.config)
-
-    @property
-    def pad_id(self) -> int:
-        """`load_tokenizer` sees to it that there is one."""
-        return int(self.tokenizer.pad_token_id)
 
 
 def find_model(name: str) -> str:
@@ -104,8 +107,8 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
     where = find_model(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = resolve_paths(dtype, attn_implementation, device)
-    tokenizer = load_tokenizer(where, name)
     layout = load_layout(where, name)
+    reader = load_reader(where, name, layout)
     try:
         model = layout.auto_model.from_pretrained(
             where,
@@ -115,10 +118,10 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     _check_trainable(model, layout, name)
-    model.generation_config = _greedy(model, tokenizer)
+    model.generation_config = _greedy(model, reader.tokenizer)
     model.requires_grad_(False)
     model.eval().to(device)
-    return Backbone(name, model, tokenizer, weights_sha256(dict(model.named_parameters())))
+    return Backbone(name, model, reader, weights_sha256(dict(model.named_parameters())))
 
 
 def load_layout(where: str, name: str) -> Layout:
@@ -135,7 +138,7 @@ def load_layout(where: str, name: str) -> Layout:
     if type(config) not in layout.models:
         raise UserError(
             f"model {name}: {config.model_type} is not a language model that can be trained here, neither decoder-only "
-            "(as Llama, Qwen) nor encoder-decoder (as T5)"
+            "(as Llama, Qwen), encoder-decoder (as T5) nor vision-language (as LLaVA, Qwen-VL)"
         )
     return layout
 
@@ -146,6 +149,8 @@ def _check_trainable(model: PreTrainedModel, layout: Layout, name: str) -> None:
         if _start_token(model) is None:
             raise UserError(f"model {name}: {kind} names no decoder_start_token_id, with which every answer starts")
         return
+    if layout is GRID_VISION_LANGUAGE:
+        return  # it makes its own positions, and logits_to_keep is part of every model of this kind
     for argument in ("position_ids", "logits_to_keep"):
         if argument not in signature(model.forward).parameters:
             raise UserError(f"model {name}: {kind} takes no {argument}, which training here needs")
@@ -170,17 +175,22 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Gener
     )
 
 
-def load_tokenizer(where: str, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the folder or hub id `where`, which the user called `name`."""
+def load_reader(where: str, name: str, layout: Layout) -> Reader:
+    """What reads rows for the model in the folder or hub id `where`, which the user called `name`."""
+    auto: Any = AutoProcessor if layout.sees else AutoTokenizer
+    part = "processor" if layout.sees else "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {name}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        chat = auto.from_pretrained(where)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model {name}: its {part} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if layout.sees and not isinstance(chat, ProcessorMixin):  # transformers falls back to the tokenizer
+        raise UserError(f"model {name}: it has no processor, so images cannot be prepared for it")
+    tokenizer = chat.tokenizer if layout.sees else chat
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {name}: its tokenizer has no eos_token, so an answer could never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return ImageReader(chat, tokenizer) if layout.sees else Reader(chat, tokenizer)
 
 
 def resolve_paths(dtype: str, attn_implementation: str, device: torch.device) -> dict[str, str]:

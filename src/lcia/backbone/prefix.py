@@ -6,7 +6,7 @@ serve all; gradients flow back through them. Shapes: B rows, L padded tokens, P 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,26 +29,11 @@ def of_batch(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Dynam
         return None  # several processes hook into one forward pass per step
     lengths = mask.sum(dim=1)
     prompts = lengths - (labels >= 0).sum(dim=1)
-    most = int(prompts.min()) - 1  # the token before an answer predicts its first one, so it stays in its row
+    most = int(prompts.min()) - 1  # a prompt's last token predicts the first one of the answer: it stays in its row
     columns = (length - lengths)[:, None] + torch.arange(max(most, 0), device=ids.device)
     first = ids.gather(1, columns)  # (B, most)
     shared = int((first == first[:1]).all(dim=0).long().cumprod(dim=0).sum())
     return _cache(model, first[:1, :shared], rows, int(lengths.sum()))
-
-
-def of_prompts(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
-    """The cache of the tokens that all prompts begin with, once per prompt; None as in `of_batch`."""
-    if len(prompts) == 1:
-        return None
-    low, high = (
-        min(map(tuple, prompts)),
-        max(map(tuple, prompts)),
-    )  # in dictionary order: what these two share, all share
-    most = min(map(len, prompts)) - 1  # a pass over no token predicts none
-    shared = next((i for i in range(most) if low[i] != high[i]), most)
-    device = next(model.parameters()).device
-    ids = torch.tensor([list(low[:shared])], dtype=torch.long, device=device)
-    return _cache(model, ids, len(prompts), sum(map(len, prompts)))
 
 
 def _cache(model: torch.nn.Module, prefix: torch.Tensor, rows: int, tokens: int) -> DynamicCache | None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from lcia.adapters import ModulePool, Pool
 from lcia.adapters.bottleneck import Bottleneck
 from lcia.adapters.targets import sublayers
-from lcia.backbone import Backbone, encode_row
+from lcia.backbone import Backbone
 from lcia.backbone.chat import IGNORED, pad_left
 from lcia.errors import UserError
 from lcia.files import write_json
@@ -130,7 +129,7 @@ class AdapterCL(Method):
         if not self._learned:
             return None
         # the reference answer is none of the request
-        prompts = [encode_row(self.backbone.tokenizer, replace(row, outputs=("",))).prompt for row in requests]
+        prompts = [self.backbone.reader.encode_prompt(row).prompt for row in requests]
         by_adapter: dict[str, list[float]] = {}  # adapter → log PPL of each request
         for adapter in self._learned:
             with self.pool.active(adapter) as model, evaluating(model):
@@ -150,7 +149,7 @@ class AdapterCL(Method):
         found = [0.0] * len(prompts)
         for chosen in _batches(prompts):
             asked = [prompts[i] for i in chosen]
-            input_ids = pad_left(asked, self.backbone.pad_id).to(device)  # (B, L)
+            input_ids = pad_left(asked, self.backbone.reader.pad_id).to(device)  # (B, L)
             attention_mask = pad_left([[1] * len(prompt) for prompt in asked], 0).to(device)
             values = log_perplexity(model, input_ids, attention_mask, attention_mask.bool())
             for i, value in zip(chosen, values.tolist(), strict=True):

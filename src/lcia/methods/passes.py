@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from lcia.backbone import Backbone, collate, encode_row
+from lcia.backbone import Backbone
 from lcia.seeds import stable_seed
 from lcia.stream import Row
 
@@ -44,7 +44,7 @@ def draw(rows: Sequence[Row], limit: int | None, *names: str) -> list[Row]:
 
 def as_batch(rows: Sequence[Row], backbone: Backbone, device: torch.device) -> dict[str, torch.Tensor]:
     """A training batch of `rows`: input_ids, attention_mask, position_ids (B, L); labels (B, A)."""
-    batch = collate([encode_row(backbone.tokenizer, row) for row in rows], backbone.pad_id)
+    batch = backbone.reader.collate([backbone.reader.encode(row) for row in rows])
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
