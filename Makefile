@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check study-demo study-ema-rules study-methods study-kill clean
+.PHONY: demo test check study-demo study-ema-rules study-methods study-instrdialog study-kill clean
 
 demo: $(STAMP)
 	$(BIN)/lcia demo
@@ -25,6 +25,10 @@ study-ema-rules: $(STAMP)
 
 study-methods: $(STAMP)
 	$(BIN)/python studies/methods.py
+
+# The data do not come with lcia: LCIA_DATA is the folder in which instrdialog/ lies.
+study-instrdialog: $(STAMP)
+	$(BIN)/python studies/instrdialog.py
 
 # Thirty processes die by SIGKILL in the middle of a run; `make test` has a few of them.
 study-kill: $(STAMP)

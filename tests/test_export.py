@@ -191,7 +191,8 @@ def test_the_sum_is_rounded_once_and_the_loss_is_told(run, tmp_path) -> None:
         assert weight.dtype == torch.bfloat16
         exact = base[name].double() + change.get(name, 0)
         step = 2.0 ** (exact.abs().clamp(min=2**-20).log2().floor() - 7)  # between neighbours in bf16
-        assert ((weight.double() - exact).abs() <= step * 0.501).all()
+        summed = 2.0**-22 * base[name].double().abs()  # the sum's own rounding in fp32, felt where it nearly cancels
+        assert ((weight.double() - exact).abs() <= step * 0.501 + summed).all()
         error += (weight.double() - exact).square().sum().item() if name in change else 0.0
     size = sum(update.square().sum().item() for update in change.values())
     assert exported.rounding == pytest.approx((error / size) ** 0.5, rel=1e-4)

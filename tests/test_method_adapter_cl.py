@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration
 
 from lcia import training
 from lcia.adapters.bottleneck import Bottleneck
 from lcia.answering import answer_requests
-from lcia.backbone import Backbone, collate, encode_row, load_backbone
+from lcia.backbone import Backbone, answer_logits, collate, encode_row, load_backbone
 from lcia.errors import UserError
 from lcia.methods import adapter_cl, build_method
 from lcia.methods.adapter_cl import AdapterCL
@@ -26,6 +27,7 @@ from lcia.run import resume, train
 from lcia.run_folder import RunFolder
 from lcia.session import open_run
 from lcia.stream import Row, Task
+from t5_oracle import t5_logits
 
 LORA = {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "target_modules": "all-linear"}
 TEXTS = ("Name the colour", "a", "Which animal is it\n\nanimals item 12", "two\nlines", "b", "Name the colours now")
@@ -196,10 +198,9 @@ def test_routing_leaves_modes_gradients_and_the_active_adapter_alone_and_is_coun
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in mine.values())
     assert torch.equal(model(input_ids=ids).logits, before)
+    assert method.routing_cost() == {"extra_forward_rows": 3 * len(TEXTS)}
     begin(method, "second")
-    assert method.cost() == {"extra_forward_rows": 3 * len(TEXTS), "extra_backward_rows": 0}
-    begin(method, "second")
-    assert method.cost() == {"extra_forward_rows": 0, "extra_backward_rows": 0}
+    assert method.cost() == {"extra_forward_rows": 0, "extra_backward_rows": 0}  # of training, which it is not
 
 
 def test_before_the_first_task_it_does_not_route(tiny_model) -> None:
@@ -280,12 +281,128 @@ def test_a_bad_weight_is_refused_by_name(value) -> None:
         build_method([("adapter_cl", {"request_weight": value})])
 
 
-def test_an_encoder_decoder_is_refused_by_name() -> None:
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    )
-    with pytest.raises(UserError, match="model small: adapter_cl chooses by the perplexity"):
-        AdapterCL().make_pool(Backbone("small", model, None, ""), LORA, 0)  # type: ignore[arg-type]
+# --- encoder-decoders
+
+
+@pytest.fixture
+def on_t5(tiny_t5: Path) -> AdapterCL:
+    """As `method`, on an encoder-decoder."""
+    method = AdapterCL(bottleneck=8)
+    backbone = load_backbone(str(tiny_t5), dtype="float32")
+    method.attach(method.make_pool(backbone, LORA, 0), backbone)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("first", "second", "third"):
+        method.pool.add(name)
+        with torch.no_grad():
+            for parameter in method.pool.parameters(name).values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    method.load_state_dict({"learned": ["first", "second", "third"]})
+    return method
+
+
+def oracle_surprise(method: AdapterCL, adapter: str, encoder: Sequence[int], target: Sequence[int]) -> list[float]:
+    """−log p of each token of `target` in float64, by T5's and the adapter's equations."""
+    weights = {name: value.double().numpy() for name, value in method.pool.model.state_dict().items()}
+    config = method.pool.model.config
+    decoder = [config.decoder_start_token_id, *target[:-1]]
+    logits = t5_logits(weights, f"adapters.group_{adapter}", config.num_heads, encoder, decoder)
+    surprise = []
+    for line, token in zip(logits, target, strict=True):
+        highest = line.max()
+        surprise.append(highest + math.log(sum(math.exp(value - highest) for value in line)) - line[token])
+    return surprise
+
+
+def test_an_adapter_stands_behind_every_sublayer_of_t5(on_t5) -> None:
+    places = {name.split(".adapters.")[0] for name in on_t5.pool.parameters("first")}
+    inside = {"encoder": ("SelfAttention", "DenseReluDense")}
+    inside["decoder"] = ("SelfAttention", "EncDecAttention", "DenseReluDense")
+    assert places == {
+        f"{stack}.block.{block}.layer.{i}.{name}"
+        for stack, names in inside.items()
+        for block in (0, 1)
+        for i, name in enumerate(names)
+    }
+
+
+def test_answers_of_t5_with_an_adapter_have_the_logits_of_the_equations(on_t5) -> None:
+    row = encode_row(on_t5.backbone.tokenizer, request("Which animal is it, item 12?", "a cat"))
+    expected = oracle_surprise(on_t5, "second", row.prompt, row.answer)
+    with on_t5.pool.active("second") as model, torch.no_grad():
+        logits, targets = answer_logits(model, collate([row], on_t5.backbone.reader.pad_id))
+    found = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_new_adapter_is_the_function_of_t5_itself(tiny_t5) -> None:
+    method = AdapterCL()
+    backbone = load_backbone(str(tiny_t5), dtype="float32")
+    method.attach(method.make_pool(backbone, LORA, 0), backbone)
+    batch = batch_of(method)[1]
+    with torch.no_grad():
+        base = answer_logits(backbone.model, batch)[0]
+        method.pool.add("new")
+        with method.pool.active("new") as model:
+            assert torch.equal(answer_logits(model, batch)[0], base)
+
+
+def test_on_t5_each_request_goes_to_the_adapter_whose_decoder_finds_it_likeliest(on_t5) -> None:
+    """−1/n Σ_i log p(x_i | x_1 … x_{i−1}), the encoder reading nothing but the end token."""
+    requests = [request(text) for text in TEXTS]
+    end = on_t5.backbone.tokenizer.eos_token_id
+    chosen = set()
+    for row, match in zip(requests, on_t5.route(requests), strict=True):
+        prompt = encode_row(on_t5.backbone.tokenizer, replace(row, outputs=("",))).prompt
+        expected = {}
+        for adapter in ("first", "second", "third"):
+            surprise = oracle_surprise(on_t5, adapter, [end], prompt)
+            expected[adapter] = sum(surprise) / len(prompt)
+        lowest = min(expected.values())
+        assert sorted(expected.values())[1] - lowest > 1e-4  # the choice is no matter of rounding
+        assert expected[match.group] == lowest
+        for adapter, value in expected.items():
+            assert match.scores[adapter] == pytest.approx(math.exp(-value), rel=1e-4)
+        chosen.add(match.group)
+    assert len(chosen) > 1
+
+
+def test_on_t5_the_loss_gets_the_same_perplexity_and_no_answer(on_t5) -> None:
+    encoded, batch = batch_of(on_t5)
+    on_t5._request_weight = 0.7
+    begin(on_t5, "second")
+    penalty = on_t5.penalty(batch)
+    assert penalty is not None
+    end = on_t5.backbone.tokenizer.eos_token_id
+    values = [sum(oracle_surprise(on_t5, "second", [end], row.prompt)) / len(row.prompt) for row in encoded]
+    assert penalty.item() == pytest.approx(0.7 * sum(values) / len(values), rel=1e-5)
+    penalty.backward()
+    moved = {name for name, value in on_t5.pool.model.named_parameters() if value.grad is not None and value.grad.any()}
+    assert moved <= set(on_t5.pool.parameters("second"))
+    assert any("decoder" in name for name in moved)
+
+
+def test_a_run_on_t5_finds_its_adapters_again(tiny_config, tiny_t5) -> None:
+    method = {"name": "adapter_cl", "bottleneck": 50}
+    config = tiny_config(model=str(tiny_t5), method=method, max_steps=20, max_new_tokens=8)
+    results = measure(config)
+    assert results["routing"]["accuracy"] == 100.0
+    record = json.loads((Path(config.output_dir) / "predictions" / "3" / "animals.jsonl").read_text().splitlines()[0])
+    answer = answer_requests(Path(config.output_dir), [(record["prompt"].strip(), None)])[0]
+    assert (answer.group, answer.answer) == ("animals", record["prediction"])
+
+
+def test_layers_that_cannot_be_told_apart_are_refused_by_name() -> None:
+    """BART's layers hold the two matrices of their MLP directly; as wide as the model, both look like writers."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=50, d_model=16, max_position_embeddings=20, decoder_ffn_dim=32, **sizes)
+    for width, refused in ((32, False), (16, True)):
+        config.encoder_ffn_dim = width
+        backbone = Backbone("small", BartForConditionalGeneration(config), None, "")  # type: ignore[arg-type]
+        if refused:
+            with pytest.raises(UserError, match=r"model small: .* exactly 2 of them in every layer of BartEncoder"):
+                AdapterCL().make_pool(backbone, LORA, 0)
+        else:
+            AdapterCL().make_pool(backbone, LORA, 0)
 
 
 # --- whole runs
@@ -304,10 +421,13 @@ def test_a_run_learns_an_adapter_per_task_and_finds_it_again(tiny_config) -> Non
     assert [list(stage) for stage in hashes] == [names[:1], names[:2], names]
     for stage in hashes:
         assert all(stage[name] == hashes[-1][name] for name in stage)  # what was learned is never trained again
-    # 8 steps of 4 rows a task; row 1 asks one adapter about two tasks of 4 rows, row 2 asks two about three
-    trained = 3 * 8 * 4
+    # 8 steps of 4 rows a task; row j asks j adapters about the tasks it measures, 4 rows each
+    trained, asked = 3 * 8 * 4, {0: 0, 1: 1 * 2 * 4, 2: 2 * 3 * 4, 3: 3 * 3 * 4}
     assert results["cost"]["extra_backward_rows"] == trained
-    assert results["cost"]["extra_forward_rows"] == trained + 1 * 2 * 4 + 2 * 3 * 4
+    assert results["cost"]["extra_forward_rows"] == trained + sum(asked.values())
+    stages, rows = RunFolder(folder).records("stage_learned"), RunFolder(folder).rows(names)
+    assert all(stage["method_cost"]["extra_forward_rows"] == 8 * 4 for stage in stages)
+    assert {row: facts["method_cost"]["extra_forward_rows"] for row, facts in rows.items()} == asked
     settings = json.loads((folder / "pool" / "animals" / "method.json").read_text())
     assert settings["settings"] == {"name": "adapter_cl", "bottleneck": 50}
     assert "Bottleneck adapter" in (folder / "pool" / "animals" / "README.md").read_text()

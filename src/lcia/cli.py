@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Published protocols: which there are, and runs under them.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+backbone_app = typer.Typer(help="Models that are built here.", no_args_is_help=True)
+app.add_typer(backbone_app, name="backbone")
 Against = Annotated[
     str | None, typer.Option(help="The method that every other is tested against; the first one if not given.")
 ]
@@ -37,6 +39,10 @@ MaxForgetting = Annotated[
 ]
 PerTask = Annotated[bool, typer.Option("--per-task", help="--max-forgetting holds for every task, not for the mean.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, over the configuration file")]
+StreamOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="key=value for the benchmark's stream, such as instructions=diverse; can be given again."),
+]
 
 
 def main() -> None:
@@ -99,10 +105,14 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a configuration or a folder of data and print what it holds."""
+    from lcia.progress import Reporter
     from lcia.validate import validate_config, validate_folder
 
-    is_folder = Path(source).is_dir()
-    summary = validate_folder(Path(source), model) if is_folder else validate_config(_config(source, overrides))
+    if Path(source).is_dir():
+        summary = validate_folder(Path(source), model)
+    else:
+        with Reporter() as reporter:
+            summary = validate_config(_config(source, overrides), reporter)
     _emit(as_json, summary.as_dict(), summary)
 
 
@@ -321,9 +331,29 @@ def bench_list(as_json: Json = False) -> None:
     lines = []
     for name, benchmark in BENCHMARKS.items():
         settings = ", ".join(f"{key} {value}" for key, value in benchmark.settings.items())
-        orders = ", ".join(map(str, benchmark.orders))
-        lines.append(f"[bold]{name}[/bold]: {benchmark.title} ({benchmark.source}); orders {orders}\n  {settings}")
+        choices = {"order": benchmark.orders, **benchmark.options}
+        chosen = "; ".join(f"{key}: {' | '.join(map(str, values))}" for key, values in choices.items() if values)
+        lines += [f"[bold]{name}[/bold]: {benchmark.title} ({benchmark.source})", *([f"  {chosen}"] if chosen else [])]
+        lines.append(f"  {settings}")
     _emit(as_json, {name: asdict(benchmark) for name, benchmark in BENCHMARKS.items()}, *lines)
+
+
+@bench_app.command(name="prepare")
+def bench_prepare(
+    name: Annotated[str, typer.Argument(help="a benchmark; `lcia bench list` shows them")],
+    data: Annotated[Path | None, typer.Option(help="The folder with its data; else $LCIA_DATA/NAME.")] = None,
+    option: StreamOptions = None,
+    as_json: Json = False,
+) -> None:
+    """Check a download, file by file: what is there, what is missing, and which tasks can run without the rest."""
+    from lcia.bench import parse_options, prepare
+    from lcia.progress import Reporter
+
+    with Reporter() as reporter:
+        inventory = prepare(name, None if data is None else str(data), parse_options(option or []), reporter)
+    _emit(as_json, inventory.as_dict(), inventory)
+    if not inventory.can_run:
+        raise UserError(f"bench prepare: no task of {name} can run on what is there")
 
 
 @bench_app.command(name="run")
@@ -331,24 +361,56 @@ def bench_run(
     name: Annotated[str, typer.Argument(help="a benchmark; `lcia bench list` shows them")],
     overrides: Overrides = None,
     method: Annotated[str, typer.Option(help="A method, or {name: METHOD, option: value, ...}.")] = "lcia",
-    order: Annotated[int, typer.Option(help="One of the benchmark's orders of its tasks.")] = 1,
+    order: Annotated[
+        str | None, typer.Option(help="One of the benchmark's orders of its tasks; its first if not given.")
+    ] = None,
+    option: StreamOptions = None,
     seed: Annotated[int, typer.Option(help="The run's seed.")] = 0,
     model: Annotated[str | None, typer.Option(help="A model instead of the protocol's.")] = None,
     data: Annotated[Path | None, typer.Option(help="The folder with its data; else $LCIA_DATA/NAME.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Learn a benchmark's stream under its protocol, into runs/bench/NAME/METHOD-orderN-seedS."""
-    from lcia.bench import BENCHMARKS, bench_config
+    """Learn a benchmark's stream under its protocol, into runs/bench/NAME/METHOD-ORDER-OPTIONS-seedS."""
+    from lcia.bench import BENCHMARKS, bench_config, parse_options
     from lcia.progress import Reporter
     from lcia.run import train as run_train
 
-    config = bench_config(name, method, order, seed, model, None if data is None else str(data), overrides)
+    place = None if data is None else str(data)
+    config = bench_config(name, method, order, seed, model, place, overrides, parse_options(option or []))
     with Reporter() as reporter:
         results = run_train(config, reporter)
     _show_results(Path(config.output_dir), results, as_json)
     if not as_json:
         values = {label: results["metrics"][key] for label, key in BENCHMARKS[name].reported.items()}
         print("   ".join(f"{label} {'-' if value is None else f'{value:.1f}'}" for label, value in values.items()))
+
+
+@backbone_app.command(name="build")
+def backbone_build(
+    name: Annotated[str, typer.Argument(help="lite-llava")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A folder of rows with images to align it on; the stream `vision` in $LCIA_DATA if not given."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A new folder; the cache, where `model: lite-llava` finds it, if not given.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the alignment.")] = 300,
+    captions_only: Annotated[
+        bool, typer.Option("--captions-only", help="Captions made of labels, without the tasks' questions and answers.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the small vision-language model: put its parts together, align its projector once."""
+    from lcia.backbone import find_model, lite_llava
+    from lcia.progress import Reporter
+
+    if name != lite_llava.NAME:
+        raise UserError(f"backbone build: unknown model {name!r}. Valid: {lite_llava.NAME}.")
+    settings = lite_llava.Settings(steps=steps, captions_only=captions_only)
+    with Reporter() as reporter:
+        built = lite_llava.build(find_model(lite_llava.LANGUAGE_MODEL), data, output, settings, reporter)
+    _emit(as_json, built.as_dict(), built)
 
 
 def _config(path: str, overrides: list[str] | None) -> RunConfig:

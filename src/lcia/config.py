@@ -68,6 +68,9 @@ class RunConfig(BaseModel):
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     lora_target_modules: str | list[str] = "all-linear"
 
+    projector: str = "auto"  # of a vision-language model, trained with each adapter: auto, none, or a module's path
+    projector_learning_rate: float | None = Field(None, gt=0)  # null = learning_rate
+
     max_length: int = Field(1024, ge=8)  # tokens of prompt + answer; longer rows are counted and left out
     max_new_tokens: int = Field(64, ge=1)
     per_device_eval_batch_size: int = Field(40, ge=1)

@@ -55,6 +55,8 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         checkpoint=checkpoint,
         seed=stable_seed(config.seed, task.name, "order"),
         on_record=reporter.training_step,
+        projector=pool.projector_parameters(placement.adapter),
+        projector_learning_rate=config.projector_learning_rate,
     )
     method.close_task(task)
     for name, before in untouched.items():

@@ -36,6 +36,7 @@ def measure_row(
     chosen = {task.name: task.dev if split == "dev" else task.test for task in tasks}
     reporter.start(f"measuring row {row}", total=sum(map(len, chosen.values())))
     started, run_before, reused_before = time.monotonic(), cache.run, cache.reused
+    routed_before = session.method.routing_cost()
     scores: dict[str, float] = {}
     routing: dict[str, dict[str, int]] = {}
     oracle: dict[str, float] = {}
@@ -73,5 +74,6 @@ def measure_row(
         "eval_s": time.monotonic() - started,
         "evaluations_run": cache.run - run_before,
         "evaluations_reused": cache.reused - reused_before,
+        "method_cost": {key: value - routed_before.get(key, 0) for key, value in session.method.routing_cost().items()},
         "peak_memory_mib": peak_memory_mib(),
     }

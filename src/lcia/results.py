@@ -72,7 +72,7 @@ def assemble_results(
             "evaluations_reused": sum(record["evaluations_reused"] for record in rows.values()),
             "peak_memory_mib": max(record["peak_memory_mib"] for record in [*stages, *rows.values()]),
             "trained_parameters": stages[-1]["trained_parameters"] if stages else 0,
-            **_method_cost(stages),
+            **_method_cost([*stages, *rows.values()]),
         },
         "versions": began["versions"],
         "machine": began["machine"],
@@ -80,10 +80,10 @@ def assemble_results(
     }
 
 
-def _method_cost(stages: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Passes are summed over the stages; what is stored is what the last one left."""
+def _method_cost(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Passes are summed over stages and rows; what is stored is what the last stage left."""
     total: dict[str, float] = {}
-    for record in stages:
+    for record in records:
         for key, value in record["method_cost"].items():
             total[key] = value if key.endswith("_stored") else total.get(key, 0) + value
     return total

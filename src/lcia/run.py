@@ -22,9 +22,9 @@ from lcia.run_folder import RunFolder
 from lcia.session import (
     Session,
     additional_stream,
+    check_images,
     check_lengths,
     check_target_modules,
-    check_text_only,
     current_stream,
     frozen_config,
     load_run_stream,
@@ -44,7 +44,7 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     """
     config = config.with_absolute_paths()
     stream = load_run_stream(config)
-    check_text_only(stream, config.model)
+    check_images(stream, config.model, reporter)
     folder = RunFolder(config.output_dir).require_free()
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
     check_lengths(stream.tasks, backbone.reader, backbone.layout, config)
@@ -114,7 +114,7 @@ def extend(
         taken = {task.name for task in stream} & {task.name for task in added}
         if taken:
             raise UserError(f"{path}: task {min(taken)!r} was learned already; a new task needs a name of its own")
-        check_text_only(added, config.model)
+        check_images(added, config.model, reporter)
         backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
         check_lengths(added.tasks, backbone.reader, backbone.layout, config)
         session = open_session(folder, config, stream, backbone)
@@ -195,7 +195,7 @@ def measure_again(
     for task in asked:
         if not (task.dev if split == "dev" else task.test):
             raise UserError(f"task {task.name!r}: its {split} split is empty")
-    check_text_only(Stream("asked", tuple(asked)), config.model)
+    check_images(Stream("asked", tuple(asked)), config.model, reporter)
     session = open_session(
         folder, config, stream, load_backbone(config.model, config.dtype, config.attn_implementation)
     )

@@ -144,6 +144,9 @@ class RunFolder:
                 row[key] = {**row.get(key, {}), **cells}
             for key in ("eval_s", "evaluations_run", "evaluations_reused"):
                 row[key] = row.get(key, 0) + record[key]
+            spent = row.setdefault("method_cost", {})
+            for key, value in record.get("method_cost", {}).items():  # lines of older versions have none
+                spent[key] = spent.get(key, 0) + value
             row["peak_memory_mib"] = max(row.get("peak_memory_mib", 0.0), record["peak_memory_mib"])
             row["at"] = record["at"]
         return rows

@@ -7,20 +7,23 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lcia.backbone
 import lcia.evaluation
-from lcia.adapters import Pool
-from lcia.backbone import Backbone, Layout, Reader, fit_demonstrations, load_backbone
+from lcia.adapters import Pool, find_projector, language_targets
+from lcia.backbone import Backbone, Layout, Reader, find_model, fit_demonstrations, load_backbone, load_layout
+from lcia.backbone.images import open_image
 from lcia.config import RunConfig, load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
 from lcia.files import file_sha256
 from lcia.methods import Combined, Placement, build_method
+from lcia.progress import Reporter
 from lcia.results import library_versions, machine
 from lcia.run_folder import RunFolder
 from lcia.seeds import stable_seed
@@ -110,11 +113,15 @@ def make_pool(config: RunConfig, backbone: Backbone) -> Pool:
     Raises:
         UserError: the method's adapters do not fit the model, or the lora_* keys do not fit the method.
     """
+    targets: str | Sequence[str] = config.lora_target_modules
+    if backbone.layout.sees:
+        targets = language_targets(backbone.model, targets)
+        backbone = replace(backbone, projector=find_projector(backbone.model, config.projector, backbone.name))
     lora = {
         "r": config.lora_r,
         "lora_alpha": config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_r,
         "lora_dropout": config.lora_dropout,
-        "target_modules": config.lora_target_modules,
+        "target_modules": targets,
     }
     return build_method(config.method_parts()).make_pool(backbone, lora, config.seed)
 
@@ -225,13 +232,29 @@ def rows_sha256(task: Task) -> str:
 # --- checks before any training
 
 
-def check_text_only(stream: Stream, model: str) -> None:
-    """Raises UserError naming the first image row: this model reads text."""
-    for task in stream:
-        for rows in (task.train, task.dev, task.test):
-            for row in rows:
-                if row.images:
-                    raise UserError(f"{row.source}: an image row, and model {model!r} reads text only")
+def check_images(stream: Stream, model: str, reporter: Reporter) -> None:
+    """Open every image once, before any training.
+
+    Raises:
+        UserError: an image cannot be used, or the model reads text only; names the first row.
+    """
+    rows = [row for task in stream for row in (*task.train, *task.dev, *task.test) if row.images]
+    if not rows:
+        return
+    if not load_layout(find_model(model), model).sees:
+        raise UserError(f"{rows[0].source}: an image row, and model {model!r} reads text only")
+    shown = {path: row for row in reversed(rows) for path in row.images}  # path → the first row with it
+    reporter.start("opening images", total=len(shown))
+
+    def opened(path: str) -> None:
+        try:
+            open_image(path)
+        except UserError as error:
+            raise UserError(f"{shown[path].source}: {error}") from None
+
+    with ThreadPoolExecutor() as threads:  # decoding leaves the interpreter free
+        for _ in threads.map(opened, reversed(shown)):
+            reporter.advance()
 
 
 def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config: RunConfig) -> None:

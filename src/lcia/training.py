@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,30 @@ class _Moments(TrainerCallback):
 class TaskTrainer(Trainer):
     """transformers.Trainer with the answer loss, the method's penalty, and a look at unclipped gradients."""
 
-    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        method: Method,
+        projector: Collection[str],
+        projector_learning_rate: float | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._method = method
+        self._projector = {name: value for name, value in self.model.named_parameters() if name in projector}
+        self._projector_learning_rate = projector_learning_rate
         self.model_accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch itself
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The projector's parameters, when they have a learning rate of their own, in groups of their own."""
+        optimizer = super().create_optimizer(model)
+        if self._projector_learning_rate is not None:
+            own = set(self._projector.values())
+            for group in list(optimizer.param_groups):
+                members = [parameter for parameter in group["params"] if parameter in own]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in own]
+                optimizer.add_param_group({**group, "params": members, "lr": self._projector_learning_rate})
+        return optimizer
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -159,12 +179,18 @@ class TaskTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self.accelerator.unscale_gradients()
-        self._method.see_grads()
+        self._see_grads()
         return super()._clip_grad_norm(model)
+
+    def _see_grads(self) -> None:
+        for parameter in self._projector.values():
+            if parameter.grad is None:  # no row of this step had an image: the loss does not depend on it
+                parameter.grad = torch.zeros_like(parameter)
+        self._method.see_grads()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self.args.max_grad_norm <= 0:  # then nothing was clipped and `_clip_grad_norm` not called
-            self._method.see_grads()
+            self._see_grads()
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
 
@@ -180,6 +206,8 @@ def learn_task(
     checkpoint: Checkpoint | None,
     seed: int,
     on_record: LogFunction,
+    projector: Collection[str] = (),
+    projector_learning_rate: float | None = None,
 ) -> Learned:
     """Train the weights that require gradients on `rows`; the method sees every step.
 
@@ -188,6 +216,8 @@ def learn_task(
         state_folder: where checkpoints go while the task is learned.
         checkpoint: go on behind this one instead of beginning.
         on_record: is told of every step and of every logged loss.
+        projector: names of the trained parameters that only rows with images use.
+        projector_learning_rate: theirs; None: that of `arguments`.
 
     Raises:
         RuntimeError: a trained weight is not finite at the end.
@@ -213,6 +243,8 @@ def learn_task(
         data_collator=collate,
         callbacks=[moments],
         method=method,
+        projector=projector,
+        projector_learning_rate=projector_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)  # results go to stdout, and this is not one
     trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint is not None else None)

@@ -8,18 +8,19 @@ from lcia.backbone import find_model, fit_demonstrations, load_layout, load_read
 from lcia.config import RunConfig
 from lcia.grouping import Codebook
 from lcia.methods import build_method
-from lcia.session import check_lengths, check_text_only, load_run_stream
+from lcia.progress import Reporter
+from lcia.session import check_images, check_lengths, load_run_stream
 from lcia.stream import Stream, StreamSummary, describe, load_stream
 
 
-def validate_config(config: RunConfig) -> StreamSummary:
+def validate_config(config: RunConfig, reporter: Reporter) -> StreamSummary:
     """The stream in numbers, checked as `lcia train` would; the model's weights and output_dir are not looked at.
 
     Raises:
         UserError: configuration or data that `lcia train` would refuse.
     """
     stream = load_run_stream(config)
-    check_text_only(stream, config.model)
+    check_images(stream, config.model, reporter)
     codebook = build_method(config.method_parts()).codebook
     where = find_model(config.model)
     layout = load_layout(where, config.model)

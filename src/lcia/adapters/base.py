@@ -45,6 +45,10 @@ class Pool(ABC):
         """{full parameter name: parameter} of one adapter, in the model's order."""
 
     @abstractmethod
+    def projector_parameters(self, name: str) -> set[str]:
+        """Which of an adapter's parameters are its projector's; none in a model of text."""
+
+    @abstractmethod
     def train_only(self, name: str, beneath: Sequence[str] = ()) -> dict[str, torch.nn.Parameter]:
         """Make `name` the only thing that trains, active on top of the frozen adapters `beneath`; checked, not assumed.
 

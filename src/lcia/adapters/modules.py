@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lcia.adapters.base import Pool
+from lcia.adapters.naming import CHILD, key_of
 from lcia.adapters.pool import stack_members
+from lcia.adapters.projector import PROJECTOR_FILE, Projectors
 from lcia.backbone.loading import weights_sha256
 from lcia.errors import UserError
 from lcia.files import write_json
@@ -30,9 +32,6 @@ from lcia.seeds import stable_seed
 
 WEIGHTS_FILE = "weights.safetensors"
 SETTINGS_FILE = "method.json"
-_CHILD = "adapters"
-# ModuleDicts have methods, and names such as `update` or `keys` are taken.
-_PREFIX = "group_"
 
 
 class ModulePool(Pool):
@@ -47,6 +46,7 @@ class ModulePool(Pool):
             ones are refused.
         base_name: how the user calls the model.
         seed: of the random start of a new adapter.
+        projector: path of a module in `base` that every adapter has a copy of its own of.
     """
 
     library = "lcia"
@@ -60,7 +60,9 @@ class ModulePool(Pool):
         settings: Mapping[str, Any],
         base_name: str,
         seed: int = 0,
+        projector: str | None = None,
     ) -> None:
+        self._projectors = None if projector is None else Projectors(base, projector)
         self._base = base
         self._targets = dict(targets)
         self._make = make
@@ -93,7 +95,9 @@ class ModulePool(Pool):
             for target in self._targets.values():
                 device = next(target.parameters()).device
                 made = self._make(target).to(device).requires_grad_(False)
-                target.get_submodule(_CHILD).add_module(_key(name), made)
+                target.get_submodule(CHILD).add_module(key_of(name), made)
+        if self._projectors is not None:
+            self._projectors.add(name)
         self._names.append(name)
         if start is not None:
             self._copy_in(name, self._state(start))
@@ -110,29 +114,35 @@ class ModulePool(Pool):
             return adapter(output, *inputs)
 
         for target in self._targets.values():
-            target.add_module(_CHILD, torch.nn.ModuleDict())
+            target.add_module(CHILD, torch.nn.ModuleDict())
             target.register_forward_hook(change)
         self._attached = True
 
     def remove(self, name: str) -> None:
         self._require(name)
         for target in self._targets.values():
-            delattr(target.get_submodule(_CHILD), _key(name))
+            delattr(target.get_submodule(CHILD), key_of(name))
+        if self._projectors is not None:
+            self._projectors.remove(name)
         self._names.remove(name)
         if self._active == name:
-            self._active = None
+            self._switch(None)
 
     def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         self._require(name)
-        return {
-            f"{path}.{_CHILD}.{_key(name)}.{key}": parameter
+        projector = {} if self._projectors is None else self._projectors.parameters(name)
+        return projector | {
+            f"{path}.{CHILD}.{key_of(name)}.{key}": parameter
             for path, target in self._targets.items()
             for key, parameter in _adapter(target, name).named_parameters()
         }
 
+    def projector_parameters(self, name: str) -> set[str]:
+        return set() if self._projectors is None else set(self._projectors.parameters(name))
+
     def _state(self, name: str) -> dict[str, torch.Tensor]:
         """{parameter name without the adapter's: tensor}: what `save` writes."""
-        own = f".{_CHILD}.{_key(name)}."
+        own = f".{CHILD}.{key_of(name)}."
         return {key.replace(own, ".", 1): value.detach() for key, value in self.parameters(name).items()}
 
     @torch.no_grad()
@@ -144,7 +154,7 @@ class ModulePool(Pool):
         self._require(name)
         if beneath:
             raise UserError(f"key 'method': a part sums several adapters, which only LoRA can; these are {self.kind}s")
-        self._active = name
+        self._switch(name)
         mine = self.parameters(name)
         for key, parameter in self._base.named_parameters():
             parameter.requires_grad_(key in mine)
@@ -157,11 +167,17 @@ class ModulePool(Pool):
     def active(self, name: str | None) -> Iterator[PreTrainedModel]:
         if name is not None:
             self._require(name)
-        before, self._active = self._active, name
+        before = self._active
+        self._switch(name)
         try:
             yield self._base
         finally:
-            self._active = before
+            self._switch(before)
+
+    def _switch(self, name: str | None) -> None:
+        self._active = name
+        if self._projectors is not None:
+            self._projectors.active = name
 
     def sha256(self, name: str) -> str:
         return weights_sha256(self._state(name))
@@ -172,6 +188,8 @@ class ModulePool(Pool):
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.cpu().contiguous() for key, value in self._state(name).items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if self._projectors is not None:
+            self._projectors.save(name, folder / PROJECTOR_FILE)
         write_json(folder / SETTINGS_FILE, {"base_model": self._base_name, "settings": self._settings})
 
     def load(self, name: str, folder: Path) -> None:
@@ -203,10 +221,5 @@ class ModulePool(Pool):
             raise ValueError(f"no adapter {name!r}; the pool has {self._names}")
 
 
-def _key(name: str) -> str:
-    """A module's name holds no dot; an adapter's, which is a folder's, no slash."""
-    return _PREFIX + name.replace(".", "/")
-
-
 def _adapter(target: torch.nn.Module, name: str) -> torch.nn.Module:
-    return target.get_submodule(f"{_CHILD}.{_key(name)}")
+    return target.get_submodule(f"{CHILD}.{key_of(name)}")

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lcia.adapters.base import Pool
+from lcia.adapters.naming import CHILD, PREFIX, key_of
+from lcia.adapters.projector import PROJECTOR_FILE, Projectors
 from lcia.backbone.layout import layout_of
 from lcia.backbone.loading import weights_sha256
 from lcia.errors import UserError
 from lcia.seeds import stable_seed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# PEFT keeps adapters in ModuleDicts, where names such as `train` or `update` are taken.
-_PREFIX = "group_"
 _AND = "+"
 
 
@@ -50,7 +50,16 @@ class AdapterPool(Pool):
     library = "peft"
     kind = "LoRA adapter"
 
-    def __init__(self, base: PreTrainedModel, lora: dict[str, Any], base_name: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        lora: dict[str, Any],
+        base_name: str,
+        seed: int = 0,
+        projector: str | None = None,
+    ) -> None:
+        """`projector`: path of a module in `base` that every adapter has a copy of its own of."""
+        self._projectors = None if projector is None else Projectors(base, projector)
         self._base = base
         self._lora = lora
         self._base_name = base_name
@@ -64,7 +73,7 @@ class AdapterPool(Pool):
 
     @property
     def names(self) -> list[str]:
-        return [] if self._peft is None else [name.removeprefix(_PREFIX) for name in self._peft.peft_config]
+        return [] if self._peft is None else [name.removeprefix(PREFIX) for name in self._peft.peft_config]
 
     def add(self, name: str, start: str | None = None) -> None:
         """A new adapter: with the weights of `start`, else random A and zero B (the base model's function)."""
@@ -79,9 +88,11 @@ class AdapterPool(Pool):
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             torch.manual_seed(stable_seed(self._seed, name))
             if self._peft is None:
-                self._peft = get_peft_model(self._base, config, adapter_name=_PREFIX + name)
+                self._peft = get_peft_model(self._base, config, adapter_name=PREFIX + name)
             else:
-                self._peft.add_adapter(_PREFIX + name, config)
+                self._peft.add_adapter(PREFIX + name, config)
+        if self._projectors is not None:
+            self._projectors.add(name)
         if start is not None:
             self._copy_in(name, self._state(start))
 
@@ -91,8 +102,10 @@ class AdapterPool(Pool):
         assert self._peft is not None
         if len(self.names) == 1:
             raise ValueError(f"adapter {name!r} is the pool's last one")
-        self._peft.set_adapter(_PREFIX + next(other for other in self.names if other != name))
-        self._peft.delete_adapter(_PREFIX + name)
+        self._peft.set_adapter(PREFIX + next(other for other in self.names if other != name))
+        self._peft.delete_adapter(PREFIX + name)
+        if self._projectors is not None:
+            self._projectors.remove(name)
 
     def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         """{full parameter name: parameter} of one adapter, in the model's order."""
@@ -103,16 +116,17 @@ class AdapterPool(Pool):
             raise RuntimeError(f"adapter {name!r} has no parameters")
         return found
 
+    def projector_parameters(self, name: str) -> set[str]:
+        return {key for key in self.parameters(name) if f".{CHILD}.{key_of(name)}." in key}
+
     def _state(self, name: str) -> dict[str, torch.Tensor]:
         """{parameter name without the adapter's: tensor}: what PEFT writes into adapter_model.safetensors."""
-        belongs = _of_adapter(name)
-        return {belongs.sub(r"\1", key): value.detach() for key, value in self.parameters(name).items()}
+        return {_without_name(name, key): value.detach() for key, value in self.parameters(name).items()}
 
     @torch.no_grad()
     def _copy_in(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        belongs = _of_adapter(name)
         for key, parameter in self.parameters(name).items():
-            parameter.copy_(state[belongs.sub(r"\1", key)])
+            parameter.copy_(state[_without_name(name, key)])
 
     def train_only(self, name: str, beneath: Sequence[str] = ()) -> dict[str, torch.nn.Parameter]:
         """Make `name` the only thing that trains, active on top of the frozen adapters `beneath`; checked, not assumed.
@@ -135,13 +149,19 @@ class AdapterPool(Pool):
         if self._peft is None or name is None:
             if name is not None:
                 self._require(name)
-            with contextlib.nullcontext() if self._peft is None else self._peft.disable_adapter():
+            with contextlib.ExitStack() as without:
+                if self._peft is not None:
+                    without.enter_context(self._peft.disable_adapter())
+                if self._projectors is not None:
+                    without.enter_context(self._projectors.untrained())
                 yield self.model
             return
         self._activate(stack_members(name))
         yield self._peft
 
     def can_mix(self, names: Collection[str | None]) -> bool:
+        if self._projectors is not None:
+            return super().can_mix(names)
         return all(name is None or len(stack_members(name)) == 1 for name in names)
 
     def mixed(self, names: Sequence[str | None]) -> dict[str, Any]:
@@ -152,16 +172,18 @@ class AdapterPool(Pool):
                 self._require(name)
         if self._peft is None:
             return {}
-        return {"adapter_names": ["__base__" if name is None else _PREFIX + name for name in names]}
+        return {"adapter_names": ["__base__" if name is None else PREFIX + name for name in names]}
 
     def _activate(self, names: Sequence[str]) -> None:
         for name in names:
             self._require(name)
         assert self._peft is not None
         # The outer model knows one active adapter, its layers sum all of theirs. Both let every active one train.
-        self._peft.set_adapter(_PREFIX + names[-1])
+        self._peft.set_adapter(PREFIX + names[-1])
         if len(names) > 1:
-            self._peft.base_model.set_adapter([_PREFIX + name for name in names])
+            self._peft.base_model.set_adapter([PREFIX + name for name in names])
+        if self._projectors is not None:
+            self._projectors.active = names[-1]  # a stack sums LoRA increments; projectors are no increments
 
     def sha256(self, name: str) -> str:
         """Content hash of an adapter's weights, independent of its name; of a stack, over its adapters in order."""
@@ -175,9 +197,12 @@ class AdapterPool(Pool):
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.cpu().contiguous() for key, value in self._state(name).items()}
         save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = copy.copy(self._peft.peft_config[_PREFIX + name])
+        config = copy.copy(self._peft.peft_config[PREFIX + name])
         config.base_model_name_or_path = self._base_name  # PEFT puts the local cache folder here
         config.inference_mode = True
+        if self._projectors is not None:
+            self._projectors.save(name, folder / PROJECTOR_FILE)
+            config.modules_to_save = [self._projectors.path.rsplit(".", 1)[-1]]  # plain PEFT loads the copy too
         config.save_pretrained(str(folder))
 
     def load(self, name: str, folder: Path) -> None:
@@ -200,11 +225,30 @@ class AdapterPool(Pool):
             raise UserError(f"{path}: its weights do not fit this model and lora_r, lora_target_modules")
         self._copy_in(name, state)
 
+    def unload(self, projector: str | None = None) -> PreTrainedModel:
+        """The model without its adapters, which the pool has no more; the base's weights are as they are by now.
+
+        Args:
+            projector: the adapter whose projector takes the place of the base's.
+        """
+        if self._projectors is not None:
+            self._projectors.settle(projector)
+        plain: PreTrainedModel = self._base if self._peft is None else self._peft.unload()
+        self._peft = None
+        return plain
+
     def _require(self, name: str) -> None:
         if name not in self.names:
             raise ValueError(f"no adapter {name!r}; the pool has {self.names}")
 
 
 def _of_adapter(name: str) -> re.Pattern[str]:
-    """Matches the adapter's own part of a PEFT parameter name, `lora_A.NAME`, and nothing of the base's modules."""
-    return re.compile(rf"(\blora_\w+)\.{_PREFIX}{re.escape(name)}(?=\.|$)")
+    """Matches the adapter's own part of a parameter's name and nothing of the base's modules: PEFT's `lora_A.NAME`, and
+    `adapters.NAME` of a projector.
+    """
+    lora, projector = re.escape(PREFIX + name), re.escape(key_of(name))
+    return re.compile(rf"(\blora_\w+)\.{lora}(?=\.|$)|\.{CHILD}\.{projector}(?=\.)")
+
+
+def _without_name(name: str, key: str) -> str:
+    return _of_adapter(name).sub(r"\1", key)

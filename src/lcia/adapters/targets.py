@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -46,37 +46,71 @@ def linear_layers(model: PreTrainedModel, targets: str | Sequence[str]) -> dict[
     return found
 
 
-def sublayers(model: PreTrainedModel, name: str) -> dict[str, torch.nn.Module]:
-    """{path: module} of attention and MLP of every decoder layer, whose outputs are added to the residual stream.
+def language_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> str | Sequence[str]:
+    """`lora_target_modules` of a vision-language model, for PEFT: the same modules, of the language model only.
 
-    The layers are the first list of `num_hidden_layers` modules in the model; their sub-layers are those of their
-    direct children that hold a matrix (norms hold none). A child that is one linear layer only counts where it writes
-    into the residual stream: OPT's layers hold the two matrices of their MLP directly.
+    Raises:
+        UserError: none is found there, or a pattern matches modules of the vision tower.
+    """
+    decoder = model.get_decoder()
+    language = next(path for path, module in model.named_modules() if module is decoder)
+    found = linear_layers(model, targets)
+    inside = [path for path in found if path.startswith(f"{language}.")]
+    outside = sorted(set(found) - set(inside))
+    is_pattern = isinstance(targets, str) and targets != "all-linear"
+    if not inside or (is_pattern and outside):
+        example = f"; {outside[0]} is outside it" if outside else ""
+        raise UserError(f"key 'lora_target_modules': only the language model, {language}, is changed{example}")
+    if is_pattern:
+        return targets
+    ends = "|".join(sorted({re.escape(path.rsplit(".", 1)[-1]) for path in inside}))
+    pattern = rf"{re.escape(language)}\..*\.({ends})"
+    return pattern if set(linear_layers(model, pattern)) == set(inside) else inside
+
+
+def sublayers(model: PreTrainedModel, name: str) -> dict[str, torch.nn.Module]:
+    """{path: module} of attention and MLP of every layer, whose outputs are added to the residual stream.
+
+    An encoder-decoder has two such sub-layers in an encoder's layer, and three in a decoder's: self-attention,
+    cross-attention, MLP. The layers are the first list of modules in encoder and decoder, in a decoder-only model the
+    first of `num_hidden_layers` of them.
 
     Args:
         name: how the user calls the model.
 
     Raises:
-        UserError: there are not exactly two of them in every layer.
+        UserError: a layer has another number of them.
     """
     config = model.config.get_text_config()
-    lists = (
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers
-    )
-    path, layers = next(lists, ("", torch.nn.ModuleList()))
-    found = {
-        f"{path}.{i}.{key}": child
-        for i, layer in enumerate(layers)
-        for key, child in layer.named_children()
-        if any(parameter.ndim > 1 for parameter in child.parameters())
-        and not (isinstance(child, _LINEAR) and features(child)[1] != config.hidden_size)
-    }
-    counts = [sum(key.startswith(f"{path}.{i}.") for key in found) for i in range(len(layers))]
-    if not layers or set(counts) != {2}:
-        raise UserError(
-            f"model {name}: attention and MLP of its layers cannot be told apart; adapter_cl needs exactly these two "
-            "in every layer"
-        )
+    is_pair = model.config.is_encoder_decoder
+    stacks = [(model.get_encoder(), 2), (model.get_decoder(), 3)] if is_pair else [(model.get_decoder(), 2)]
+    paths = {module: path for path, module in model.named_modules()}
+    found: dict[str, torch.nn.Module] = {}
+    for stack, expected in stacks:
+        lists = [module for module in stack.modules() if isinstance(module, torch.nn.ModuleList)]
+        layers = next((list(one) for one in lists if is_pair or len(one) == config.num_hidden_layers), [])
+        inside = [list(_writers(layer, config.hidden_size)) for layer in layers]
+        if {len(writers) for writers in inside} != {expected}:
+            raise UserError(
+                f"model {name}: attention and MLP of its layers cannot be told apart; adapter_cl needs exactly "
+                f"{expected} of them in every layer of {type(stack).__name__}"
+            )
+        found |= {paths[module]: module for writers in inside for module in writers}
     return found
+
+
+def _writers(parent: torch.nn.Module, width: int) -> Iterator[torch.nn.Module]:
+    """The modules of a layer that write into its residual stream: those of its direct children that hold a matrix
+    (norms hold none).
+
+    A child that is one linear layer only counts where it has `width` outputs: OPT's layers hold the two matrices of
+    their MLP directly. T5's hold a list of sub-layers, each of which adds its own child to the residual stream.
+    """
+    for child in parent.children():
+        if isinstance(child, torch.nn.ModuleList):
+            for member in child:
+                yield from _writers(member, width)
+        elif any(parameter.ndim > 1 for parameter in child.parameters()) and not (
+            isinstance(child, _LINEAR) and features(child)[1] != width
+        ):
+            yield child

@@ -52,8 +52,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             if image.width * image.height > max_pixels:
                 raise UserError(
-                    f"image {path}: {image.width} x {image.height} pixels, more than the {max_pixels:,} that are opened; "
-                    "scale it down"
+                    f"image {path}: {image.width} x {image.height} pixels, more than the {max_pixels:,} "
+                    "that are opened; scale it down"
                 )
             return _as_rgb(ImageOps.exif_transpose(image), path)
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def _as_rgb(image: Image.Image, path: str | Path) -> Image.Image:
 def _scaled_to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
     """Greyscale of 16 bits as greyscale of 8, or as greyscale and alpha where one grey counts as transparent."""
     values = np.asarray(image).astype(np.int64)  # (H, W)
-    if values.size and not (0 <= values.min() and values.max() <= 65535):
+    if values.size and not (values.min() >= 0 and values.max() <= 65535):
         raise UserError(f"image {path}: 32-bit pixels, whose range is unknown; save it with 8 or 16 bits")
     grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 255 · 257, rounded to the nearest
     transparent = image.info.get("transparency")

@@ -56,6 +56,7 @@ class Backbone:
     model: PreTrainedModel
     reader: Reader
     fingerprint: str  # sha256 of the weights: predictions are only reused under the same one
+    projector: str | None = None  # path of the module that is trained beside the adapters
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

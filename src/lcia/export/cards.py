@@ -41,11 +41,11 @@ def adapter_card(source: Source, group: str, base: str) -> str:
 
 def merged_card(source: Source, group: str, dtype: str, rounding: float) -> str:
     """README.md of a merged model."""
-    auto = source.auto_class
+    auto, reader = source.auto_class, source.reader_class
     use = (
-        f"from transformers import AutoTokenizer, {auto}\n\n"
+        f"from transformers import {auto}, {reader}\n\n"
         f'model = {auto}.from_pretrained("this folder", dtype={dtype!r})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")'
+        f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("this folder")'
     )
     what = (
         "The base model with the LoRA adapter of one instruction group merged into its weights, trained with lcia. "

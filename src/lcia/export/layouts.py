@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.text import Text
-from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from lcia.adapters import AdapterPool, stack_members
 from lcia.adapters.pool import WEIGHTS_FILE
+from lcia.adapters.projector import PROJECTOR_FILE
 from lcia.errors import UserError, did_you_mean
 from lcia.export.cards import adapter_card, merged_card, serve_script, serving_guide
 from lcia.export.merging import merge_active
@@ -132,6 +132,8 @@ def _write_adapter(source: Source, group: str, folder: Path, base: str) -> None:
     """The adapter's weights as they are in the run; its settings name a base model that can be loaded."""
     folder.mkdir(parents=True)
     shutil.copyfile(source.snapshot / group / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    if source.has_projectors:
+        shutil.copyfile(source.snapshot / group / PROJECTOR_FILE, folder / PROJECTOR_FILE)
     # The run's settings may say a built-in name or a GGUF file, which mean nothing to other programs.
     write_json(folder / CONFIG_FILE, {**source.lora, "base_model_name_or_path": base})
     write_text(folder / "README.md", adapter_card(source, group, base))
@@ -141,17 +143,16 @@ def _write_merged(source: Source, group: str, folder: Path, dtype: str | None) -
     session = open_run(source.run)
     with session.pool.active(group) as model:
         rounding = merge_active(model, None if dtype is None else getattr(torch, dtype))
-    _write_model(session, source, folder)
+    _write_model(session, source, folder, stack_members(group)[-1])
     write_text(folder / "README.md", merged_card(source, group, dtype or source.dtype, rounding))
     return rounding
 
 
-def _write_model(session: Session, source: Source, folder: Path) -> None:
-    """The base model as it is in memory and its tokenizer, as an ordinary model folder."""
-    model = session.pool.model
-    plain: PreTrainedModel = model.unload() if isinstance(model, PeftModel) else model
-    plain.save_pretrained(folder)
-    session.backbone.tokenizer.save_pretrained(folder)
+def _write_model(session: Session, source: Source, folder: Path, projector: str | None = None) -> None:
+    """A model folder: the base as it is in memory, an adapter's projector in it, and its tokenizer or processor."""
+    assert isinstance(session.pool, AdapterPool)
+    session.pool.unload(projector).save_pretrained(folder)
+    session.backbone.reader.chat.save_pretrained(folder)
     # A run sets the model's own defaults of generation aside; whoever loads this folder gets them back.
     absent_is_fine = {
         "_raise_exceptions_for_missing_entries": False,
@@ -165,6 +166,8 @@ def _write_model(session: Session, source: Source, folder: Path) -> None:
 def _check_servable(source: Source) -> None:
     if source.lora["task_type"] != "CAUSAL_LM":
         raise UserError("--as vllm: vLLM serves adapters of decoder-only models; use --as peft")
+    if source.has_projectors:
+        raise UserError("--as vllm: vLLM's adapters have no projector of their own; use --as merged")
     if source.lora["r"] > VLLM_RANKS[-1]:
         raise UserError(f"--as vllm: lora_r is {source.lora['r']}, vLLM serves up to {VLLM_RANKS[-1]}; use --as merged")
     if source.router is None and len(source.groups) > 1:

@@ -11,7 +11,7 @@ import torch
 
 from lcia.adapters import stack_name
 from lcia.adapters.pool import WEIGHTS_FILE
-from lcia.backbone import find_model, resolve_paths
+from lcia.backbone import Layout, find_model, load_layout, resolve_paths
 from lcia.config import RunConfig
 from lcia.errors import UserError
 from lcia.grouping import Codebook, Router
@@ -22,7 +22,6 @@ from lcia.run_folder import RunFolder
 from lcia.session import frozen_config
 
 CONFIG_FILE = "adapter_config.json"
-_AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Source:
     planned: list[str]  # the tasks that the run has when it is finished
     base: str  # where the base model is found: a hub id or a folder
     base_sha256: str
+    layout: Layout
     results: dict[str, Any] | None  # results.json; None: the run is not finished
 
     @property
@@ -57,7 +57,17 @@ class Source:
     @property
     def auto_class(self) -> str:
         """The class of transformers that loads the base model."""
-        return _AUTO_CLASSES[self.lora["task_type"]]
+        return str(self.layout.auto_model.__name__)
+
+    @property
+    def reader_class(self) -> str:
+        """The class of transformers that reads text, or text and images, for it."""
+        return "AutoProcessor" if self.layout.sees else "AutoTokenizer"
+
+    @property
+    def has_projectors(self) -> bool:
+        """Whether every adapter has a projector of its own."""
+        return bool(self.lora["modules_to_save"])
 
 
 def open_source(run: Path) -> Source:
@@ -83,6 +93,7 @@ def open_source(run: Path) -> Source:
     is_stack = any(placement.beneath for placement in placements.values())
     groups = {name: [task for task, found in placements.items() if found.adapter == name] for name in adapters}
     planned = _planned(folder)
+    base = find_model(config.model)
     return Source(
         run=run,
         config=config,
@@ -92,7 +103,8 @@ def open_source(run: Path) -> Source:
         is_stack=is_stack,
         router=_router(config, snapshot),
         planned=planned,
-        base=find_model(config.model),
+        base=base,
+        layout=load_layout(base, config.model),
         base_sha256=folder.records("run_began")[0]["base_sha256"],
         results=_results(folder, planned),
     )

@@ -1,11 +1,15 @@
 """AdapterCL (Madotto et al., arXiv 2012.15504): one bottleneck adapter per task; the least perplexed one answers.
 
-    adapter   h + U ReLU(D LayerNorm(h) + b) + c      behind attention and MLP of every layer
+    adapter   h + U ReLU(D LayerNorm(h) + b) + c      behind every sub-layer: attention, MLP
     choice    argmin_t PPL_t(x),  log PPL_t(x) = −1/(n−1) Σ_i log p_t(x_i | x_1 … x_{i−1})      x: the request, n tokens
     training  L_answer + w · mean over rows of log PPL_t(x)
 
 An adapter never trained on requests has no reason to find its own task's requests likely: the paper's loss covers
 request and answer alike, and so does this one, for w > 0.
+
+The paper's model is decoder-only. In an encoder-decoder p_t(x_i | x_1 … x_{i−1}) is what the decoder predicts while the
+encoder reads an empty text, its end token alone: then nothing but x_1 … x_{i−1} is known of the request. The decoder's
+start token stands before x_1, so all n tokens count.
 
 Shapes: B rows, L tokens, V vocabulary, N tokens that are predicted.
 """
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch.nn.functional import cross_entropy
 
 from lcia.adapters import ModulePool, Pool
@@ -26,7 +31,7 @@ from lcia.adapters.bottleneck import Bottleneck
 from lcia.adapters.targets import sublayers
 from lcia.backbone import Backbone
 from lcia.backbone.chat import IGNORED, pad_left
-from lcia.errors import UserError
+from lcia.backbone.layout import flush_left
 from lcia.files import write_json
 from lcia.grouping import Match
 from lcia.methods.base import Method, Placement, Training
@@ -39,25 +44,38 @@ _TOKENS = 1024  # of one batch of requests: its logits are (tokens, V), which is
 
 
 def log_perplexity(
-    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, counted: torch.Tensor
+    model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, counted: torch.Tensor, end_id: int
 ) -> torch.Tensor:
     """(B,) fp32: −1/n Σ_i log p(x_i | what stands before it) over the n `counted` tokens of each row.
 
-    A row's first token has nothing before it and does not count; a row of which nothing counts gets 0.
+    In a decoder-only model a row's first token has nothing before it and does not count. A row of which nothing counts
+    gets 0.
 
     Args:
         input_ids, attention_mask: (B, L), padded on the left.
         counted: (B, L), True where a token's probability counts.
+        end_id: the token that ends a text; all that an encoder reads.
     """
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    ).logits  # (B, L, V)
-    predicted = counted[:, 1:] & attention_mask[:, :-1].bool()  # (B, L − 1)
-    surprise = cross_entropy(logits[:, :-1][predicted].float(), input_ids[:, 1:][predicted], reduction="none")  # (N,)
-    rows = torch.zeros(predicted.shape, device=surprise.device).masked_scatter(predicted, surprise)  # (B, L − 1)
+    inner = extract_model_from_parallel(model)
+    if inner.config.is_encoder_decoder:
+        targets = flush_left(input_ids, counted, IGNORED)  # (B, W)
+        logits = model(
+            input_ids=input_ids.new_full((len(input_ids), 1), end_id),
+            decoder_input_ids=inner.prepare_decoder_input_ids_from_labels(targets),
+            use_cache=False,
+        ).logits  # (B, W, V)
+    else:
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits[:, :-1]  # (B, L − 1, V)
+        has_before = attention_mask[:, :-1].bool()
+        targets = input_ids[:, 1:].masked_fill(~(counted[:, 1:] & has_before), IGNORED)  # (B, L − 1)
+    predicted = targets != IGNORED
+    surprise = cross_entropy(logits[predicted].float(), targets[predicted], reduction="none")  # (N,)
+    rows = torch.zeros(predicted.shape, device=surprise.device).masked_scatter(predicted, surprise)
     return rows.sum(1) / predicted.sum(1).clamp(min=1)
 
 
@@ -78,16 +96,11 @@ class AdapterCL(Method):
         self._bottleneck = bottleneck
         self._request_weight = number("request_weight", request_weight)
         self._learned: list[str] = []  # adapters, in the order in which they were learned
-        self._rows_routed = 0  # times the adapters each was tried with, since the last task began
+        self._rows_routed = 0  # times the adapters that each was tried with
         self._cost: dict[str, float] = {}
 
     def make_pool(self, backbone: Backbone, lora: dict[str, Any], seed: int) -> Pool:
         model, width, bottleneck = backbone.model, backbone.model.config.get_text_config().hidden_size, self._bottleneck
-        if model.config.is_encoder_decoder:
-            raise UserError(
-                f"model {backbone.name}: adapter_cl chooses by the perplexity of the request, and an encoder-decoder "
-                "does not predict its request; use a decoder-only model"
-            )
         return ModulePool(
             model,
             sublayers(model, backbone.name),
@@ -96,6 +109,7 @@ class AdapterCL(Method):
             settings={"name": self.name, "bottleneck": bottleneck},
             base_name=backbone.name,
             seed=seed,
+            projector=backbone.projector,
         )
 
     def open_task(self, task: Task) -> Placement:
@@ -103,8 +117,7 @@ class AdapterCL(Method):
 
     def begin(self, training: Training) -> None:
         self._model = training.model
-        self._cost = {"extra_forward_rows": self._rows_routed, "extra_backward_rows": 0}
-        self._rows_routed = 0
+        self._cost = {"extra_forward_rows": 0, "extra_backward_rows": 0}
 
     def penalty(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if not self._request_weight:
@@ -115,7 +128,9 @@ class AdapterCL(Method):
         is_request = attention_mask.bool() & (position < len(position) - answers)
         for name in self._cost:
             self._cost[name] += len(input_ids)
-        return self._request_weight * log_perplexity(self._model, input_ids, attention_mask, is_request).mean()
+        end_id = self.backbone.tokenizer.eos_token_id
+        values = log_perplexity(self._model, input_ids, attention_mask, is_request, end_id)  # (B,)
+        return self._request_weight * values.mean()
 
     def close_task(self, task: Task) -> None:
         self._learned.append(task.name)
@@ -151,7 +166,8 @@ class AdapterCL(Method):
             asked = [prompts[i] for i in chosen]
             input_ids = pad_left(asked, self.backbone.reader.pad_id).to(device)  # (B, L)
             attention_mask = pad_left([[1] * len(prompt) for prompt in asked], 0).to(device)
-            values = log_perplexity(model, input_ids, attention_mask, attention_mask.bool())
+            end_id = self.backbone.tokenizer.eos_token_id
+            values = log_perplexity(model, input_ids, attention_mask, attention_mask.bool(), end_id)
             for i, value in zip(chosen, values.tolist(), strict=True):
                 found[i] = value
         return found
@@ -172,8 +188,11 @@ class AdapterCL(Method):
         self._cost = json.loads((folder / _FILE).read_text(encoding="utf-8"))
 
     def cost(self) -> dict[str, float]:
-        """Forward rows are those of the loss on requests, and those of routing since the task before was learned."""
+        """Rows are those of the loss on requests; routing's are in `routing_cost`."""
         return dict(self._cost)
+
+    def routing_cost(self) -> dict[str, float]:
+        return {"extra_forward_rows": self._rows_routed}
 
 
 def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:

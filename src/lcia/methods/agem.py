@@ -85,7 +85,9 @@ class AGEM(EpisodicMemory):
             for start in range(0, len(rows), self._rows_at_once):
                 batch = as_batch(rows[start : start + self._rows_at_once], self.backbone, total.device)
                 # a sum over tokens and not their mean: the projection is the same for every length of g_ref
-                total += flat(torch.autograd.grad(answer_loss(model, batch, 1), self._weights))
+                loss = answer_loss(model, batch, 1)
+                # a projector that no image of the batch went through has gradient 0
+                total += flat(torch.autograd.grad(loss, self._weights, materialize_grads=True))
         return total
 
     def shape_grads(self) -> None:

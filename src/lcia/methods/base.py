@@ -12,7 +12,7 @@ A method overrides the moments its equation needs and nothing else; the trainer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -76,7 +76,7 @@ class Method:
         Raises:
             UserError: the adapters do not fit the model or these settings.
         """
-        return AdapterPool(backbone.model, lora, backbone.name, seed)
+        return AdapterPool(backbone.model, lora, backbone.name, seed, backbone.projector)
 
     def attach(self, pool: Pool, backbone: Backbone) -> None:
         """Once per run, before anything is loaded or trained."""
@@ -160,6 +160,12 @@ class Method:
         Names in use: examples_stored (rows kept by now), numbers_stored (tensor elements kept by now beside the
         adapters), adapters_stored (kept by now and active for every request), extra_forward_rows and
         extra_backward_rows (rows passed through the model beyond training's own, for this task).
+        """
+        return {}
+
+    def routing_cost(self) -> dict[str, float]:
+        """What `route` has cost in this process so far, in the names of `cost`: each row of the matrix is billed for
+        what its requests add.
         """
         return {}
 
@@ -269,8 +275,15 @@ class Combined(Method):
             part.load_progress(folder)
 
     def cost(self) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for part in self.parts:
-            for key, value in part.cost().items():
-                total[key] = total.get(key, 0) + value
-        return total
+        return _added(part.cost() for part in self.parts)
+
+    def routing_cost(self) -> dict[str, float]:
+        return _added(part.routing_cost() for part in self.parts)
+
+
+def _added(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for cost in costs:
+        for key, value in cost.items():
+            total[key] = total.get(key, 0) + value
+    return total

@@ -39,8 +39,10 @@ def diagonal_fisher(losses: Iterable[torch.Tensor], weights: Sequence[torch.Tens
     total = torch.zeros_like(flat(weights))
     examples = 0
     for loss in losses:
+        # a projector that no image of the example went through has gradient 0
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         # squared before they are summed: the square of a mean is not the mean of squares
-        total += flat(torch.autograd.grad(loss, weights)).square()
+        total += flat(gradients).square()
         examples += 1
     return total / examples
 

@@ -174,6 +174,9 @@ def _lora_layers(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     for name in names:
         layer, kind, _ = name.partition(".lora_A.") if ".lora_A." in name else name.partition(".lora_B.")
         if not kind:
-            raise UserError(f"model_tailor: {name} is trained; it knows the LoRA of linear layers only")
+            raise UserError(
+                f"model_tailor: {name} is trained, and it knows the LoRA of linear layers only; "
+                "of a model that sees, set projector: none"
+            )
         found.setdefault(layer, {})[kind] = name
     return {layer: (matrices[".lora_A."], matrices[".lora_B."]) for layer, matrices in found.items()}

@@ -52,4 +52,5 @@ class MoELoRA(Method):
             settings={"name": self.name, "experts": experts, **lora},
             base_name=backbone.name,
             seed=seed,
+            projector=backbone.projector,
         )

@@ -178,5 +178,8 @@ def _matrix(parameter: str) -> str:
     """
     found = re.fullmatch(r"(.+\.lora_[AB])\.[^.]+\.weight", parameter)
     if found is None:
-        raise UserError(f"pgp: {parameter} is trained; it knows the LoRA of linear layers only")
+        raise UserError(
+            f"pgp: {parameter} is trained, and it knows the LoRA of linear layers only; "
+            "of a model that sees, set projector: none"
+        )
     return found[1]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lcia.errors import UserError, did_you_mean
+from lcia.seeds import stable_seed
+from lcia.stream.boxes import parse_box
 from lcia.stream.formats import SPLIT_NAMES, Draft, Faults, read_file, read_records
-from lcia.stream.scorers import SCORERS, answer_words, chosen_letter, default_scorer
-from lcia.stream.sources import TaskSource, find
+from lcia.stream.scorers import SCORERS, answer_words, chosen_letter, chosen_truth, default_scorer
+from lcia.stream.sources import find
 from lcia.stream.super_ni import positive_examples, super_ni_prompt
+from lcia.stream.task_source import TaskSource
 from lcia.stream.types import Row, Stream, Task
 
 SPLITS = ("train", "dev", "test")
@@ -31,8 +35,8 @@ def load_stream(
     """Read a stream.
 
     Args:
-        source: a built-in name ("assistant"), one with options ({"name": "instrdialog", "order": 2}), a folder, one
-            data file, or a list of tasks {name, path, instruction?, scorer?, image_folder?, examples?}.
+        source: a built-in name ("assistant"), one with options ({"name": "coin", "order": "reverse", "path": DIR}), a
+            folder, one data file, or a list of tasks {name, path, instruction?, scorer?, image_folder?, examples?}.
         tasks: names of the tasks to take, in the order in which they shall arrive; None takes all.
         seed: of the 80/10/10 draw for tasks that state no split.
         skip_bad_rows: leave out rows that cannot be used, and list them in `Stream.notes`.
@@ -45,7 +49,7 @@ def load_stream(
         UserError: naming the file and line, or the key, and what would be right.
     """
     found = find(source)
-    chosen = found.tasks if tasks is None else _select(found.tasks, tasks)
+    chosen = found.tasks if tasks is None else _select((*found.tasks, *found.on_request), tasks)
     notes = list(found.notes)
     loaded = []
     for task in chosen:
@@ -73,7 +77,7 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
         hint = did_you_mean(source.scorer, SCORERS)
         raise UserError(f"task {source.name!r}: unknown scorer {source.scorer!r}. {hint}")
     faults = Faults(skip_bad_rows)
-    drafts = list(_usable(_read(source, faults), source, faults))
+    drafts = list(_usable(_read(source, faults, notes), source, faults))
     if faults.found:
         notes.append(f"{source.name}: {len(faults.found)} rows skipped")
         notes += faults.found
@@ -83,8 +87,7 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
     drafts = prompts(drafts, source, notes)
     splits = _split(drafts, source, seed, notes)
     scorer = source.scorer or _choose_scorer(source.name, splits["train"], notes)
-    if scorer == "option_letter":
-        _check_letters(drafts, source.name)
+    _check_answers(drafts, source.name, scorer)
     instructions = tuple(dict.fromkeys(draft.instruction or "" for draft in splits["train"]))
     if len(instructions) > MANY_INSTRUCTIONS:
         notes.append(
@@ -102,12 +105,12 @@ def _first(found: list[str]) -> str:
 # --- reading ---------------------------------------------------------------------------------------------
 
 
-def _read(source: TaskSource, faults: Faults) -> Iterator[Draft]:
+def _read(source: TaskSource, faults: Faults, notes: list[str]) -> Iterator[Draft]:
     """All rows of a task, each with its id, and with the split that its file stands for."""
     if source.dataset is not None:
         parts = _read_dataset(source.dataset, faults)
     else:
-        parts = ((path.stem, split, read_file(path, faults)) for path, split in source.files)
+        parts = ((path.stem, split, read_task_file(source, path, split, faults, notes)) for path, split in source.files)
     seen: dict[tuple[str, str], str] = {}  # (scope, id): source
     for part, split, drafts in parts:
         for draft in drafts:
@@ -119,6 +122,15 @@ def _read(source: TaskSource, faults: Faults) -> Iterator[Draft]:
                 yield _with_id(draft, part, seen)
             except UserError as fault:
                 faults.add(fault)
+
+
+def read_task_file(source: TaskSource, path: Path, split: str | None, faults: Faults, notes: list[str]) -> list[Draft]:
+    """The rows of one of a task's files.
+
+    Raises:
+        UserError: as `formats.read_file`.
+    """
+    return read_file(path, faults) if source.reader is None else source.reader(path, split, faults, notes)
 
 
 def _with_id(draft: Draft, part: str, seen: dict[tuple[str, str], str]) -> Draft:
@@ -272,7 +284,12 @@ def _split(drafts: list[Draft], source: TaskSource, seed: int, notes: list[str])
         raise UserError(f"{missing.source}: row without split, while {stated[0].source} has one: state all or none")
     if not stated:
         drafts = _draw_splits(drafts, task, seed) if source.split is None else _by_position(drafts, source, seed)
+    elif source.dev_share and not any(draft.split == "dev" for draft in drafts):
+        drafts = _with_dev_rows(drafts, source, seed, notes)
     splits = {split: [draft for draft in drafts if draft.split == split] for split in SPLITS}
+    for split, limit in source.at_most.items():
+        draw = random.Random(stable_seed(seed, task, split, "at most"))
+        splits[split] = _at_most(splits[split], limit, draw, f"{task}: {split}", notes)
     for split in ("train", "test"):
         if not splits[split]:
             raise UserError(
@@ -300,6 +317,47 @@ def _draw_splits(drafts: list[Draft], task: str, seed: int) -> list[Draft]:
     return [replace(draft, split=name) for draft, name in zip(drafts, names, strict=True)]
 
 
+def _with_dev_rows(drafts: list[Draft], source: TaskSource, seed: int, notes: list[str]) -> list[Draft]:
+    """A share of the training rows as dev rows: all rows of an image, or of a question without one, go together."""
+    folders = [folder.resolve() for folder in source.image_folders]
+    train = [draft for draft in drafts if draft.split == "train"]
+    sizes = Counter(_shown(draft, folders) for draft in train)
+    # by content and not by task: two tasks on the same images take much the same ones
+    pieces = sorted(sizes, key=lambda piece: (stable_seed(seed, "dev", piece), piece))
+    wanted, taken, dev = max(1, round(source.dev_share * len(train))), 0, set()
+    for piece in pieces[:-1]:  # one is left to train on
+        if taken >= wanted:
+            break
+        dev.add(piece)
+        taken += sizes[piece]
+    notes.append(
+        f"{source.name}: no dev rows stated, so {taken} of {len(train)} training rows drawn with seed {seed}, whole "
+        "images at a time; none from test"
+    )
+    return [
+        replace(draft, split="dev") if draft.split == "train" and _shown(draft, folders) in dev else draft
+        for draft in drafts
+    ]
+
+
+def _shown(draft: Draft, folders: Sequence[Path]) -> str:
+    """What a row is about, equal on every machine: its images as paths in their folders, else its question."""
+    if not draft.images:
+        return repr(draft.turns)
+    images = []
+    for image in map(Path, draft.images):
+        home = next(folder for folder in folders if image.is_relative_to(folder))
+        images.append(image.relative_to(home).as_posix())
+    return repr(images)
+
+
+def _at_most(drafts: list[Draft], limit: int, draw: random.Random, what: str, notes: list[str]) -> list[Draft]:
+    if len(drafts) <= limit:
+        return drafts
+    notes.append(f"{what}: {limit} of {len(drafts)} rows drawn")
+    return [drafts[i] for i in sorted(draw.sample(range(len(drafts)), limit))]
+
+
 def _by_position(drafts: list[Draft], source: TaskSource, seed: int) -> list[Draft]:
     assert source.split is not None
     test, dev = source.split.test, source.split.test + source.split.dev
@@ -322,13 +380,24 @@ def _choose_scorer(task: str, train: list[Draft], notes: list[str]) -> str:
     return scorer
 
 
-def _check_letters(drafts: list[Draft], task: str) -> None:
+# Scorer → how it reads a reference (None: not at all), and what a reference must name.
+_READS: dict[str, tuple[Callable[[str], object], str]] = {
+    "option_letter": (chosen_letter, "no option A-Z"),
+    "true_false": (chosen_truth, "neither true nor false"),
+    "box_iou": (parse_box, "no box [x1, y1, x2, y2]"),
+}
+
+
+def _check_answers(drafts: list[Draft], task: str, scorer: str) -> None:
+    if scorer not in _READS:
+        return
+    read, missing = _READS[scorer]
     for draft in drafts:
         for output in draft.outputs:
-            if chosen_letter(output) is None:
+            if read(output) is None:
                 raise UserError(
-                    f"{draft.source}: task {task!r} is scored by option_letter, but the answer "
-                    f"{output[:40]!r} names no option A-Z; correct it, or set another scorer"
+                    f"{draft.source}: task {task!r} is scored by {scorer}, but the answer {output[:40]!r} names "
+                    f"{missing}; correct it, or set another scorer"
                 )
 
 

@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from lcia.stream import coin_released as coin
+from lcia.stream.boxes import box_iou
+from lcia.stream.vqa import vqa_short, vqa_soft
+
 Scorer = Callable[[str, Sequence[str]], float]
 
 SHORT_ANSWER_WORDS = 5  # answers of at most so many words (median) are compared exactly
@@ -81,6 +85,32 @@ def option_letter(prediction: str, references: Sequence[str]) -> float:
     """1 if the prediction chooses the letter of a reference; 0 where either names no single letter."""
     letter = chosen_letter(prediction)
     return float(letter is not None and letter in {chosen_letter(reference) for reference in references})
+
+
+_TRUTH = re.compile(r"\b(true|false)\b")
+_NEGATED = re.compile(r"(?:\bnot|\bnever|n['’]t)\s+(?:true|false)\b")
+
+
+def chosen_truth(text: str) -> bool | None:
+    """What an answer says of a statement: "True.", "The statement is false"; None for neither, both, or "not true"."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    words = set(_TRUTH.findall(text))
+    return words == {"true"} if len(words) == 1 and not _NEGATED.search(text) else None
+
+
+def true_false(prediction: str, references: Sequence[str]) -> float:
+    """1 if prediction and a reference say the same of the statement, true or false."""
+    truth = chosen_truth(prediction)
+    return float(truth is not None and truth in {chosen_truth(reference) for reference in references})
+
+
+def ocr(prediction: str, references: Sequence[str]) -> float:
+    """1 if the transcript is a reference's: NFKC, without case, runs of spaces as one; every other character counts."""
+    return float(_transcript(prediction) in map(_transcript, references))
+
+
+def _transcript(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -167,4 +197,20 @@ def default_scorer(answers: Sequence[str]) -> str:
     return "rouge_l"
 
 
-SCORERS: dict[str, Scorer] = {"exact": exact, "option_letter": option_letter, "rouge_l": rouge_l}
+SCORERS: dict[str, Scorer] = {
+    "exact": exact,
+    "option_letter": option_letter,
+    "rouge_l": rouge_l,
+    "true_false": true_false,
+    "ocr": ocr,
+    "vqa_short": vqa_short,
+    "vqa_soft": vqa_soft,
+    "box_iou": box_iou,
+    "coin_scienceqa_released": coin.coin_scienceqa_released,
+    "coin_textvqa_released": coin.coin_textvqa_released,
+    "coin_imagenet_released": coin.coin_imagenet_released,
+    "coin_gqa_released": coin.coin_gqa_released,
+    "coin_vqa_released": coin.coin_vqa_released,
+    "coin_ocrvqa_released": coin.coin_ocrvqa_released,
+    "coin_grounding_released": coin.coin_grounding_released,
+}

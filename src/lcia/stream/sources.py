@@ -4,62 +4,33 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lcia.errors import UserError, did_you_mean
-from lcia.stream.formats import SPLIT_NAMES, SUFFIXES, decode_utf8, parse_json, read_bytes
+from lcia.stream.coast import coast
+from lcia.stream.coin import coin
+from lcia.stream.formats import SUFFIXES, decode_utf8, parse_json, read_bytes
+from lcia.stream.task_source import (
+    DATA,
+    Found,
+    PositionalSplit,
+    TaskSource,
+    data_files,
+    data_folder,
+    is_saved,
+    is_split_file,
+    looks_like_hub_id,
+    task_at,
+)
+from lcia.stream.vision import vision
 
-DATA = Path(__file__).parent / "data"
 TASK_KEYS = ("name", "path", "instruction", "scorer", "image_folder", "examples")
 _EXAMPLES = "positive_examples"  # of a task, in tasks.json
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# train.jsonl, or the hub's shards: train-00000-of-00002.parquet
-_SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(-\d+-of-\d+)?")
-_SAVED_DATASET = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
-
-
-@dataclass(frozen=True)
-class PositionalSplit:
-    """The first `test` rows, the next `dev`, and of the rest a draw of at most `train`."""
-
-    test: int
-    dev: int
-    train: int
-
-
-@dataclass(frozen=True)
-class TaskSource:
-    """A task that was found but not read: its files, each with the split it is for if its name says so.
-
-    `dataset` stands in place of files: a hub id, or a folder written by `datasets`' save_to_disk. Images are
-    looked for in `image_folders`, in order, and nowhere else. With `examples` the prompt is Super-NI's, with so many of
-    the task's positive examples: `positive_examples` as its file or tasks.json states them.
-    """
-
-    name: str
-    files: tuple[tuple[Path, str | None], ...] = ()
-    dataset: str | None = None
-    instruction: str | None = None
-    scorer: str | None = None
-    image_folders: tuple[Path, ...] = ()
-    examples: int | None = None
-    positive_examples: Any = None
-    split: PositionalSplit | None = None  # of rows that state none; None: 80/10/10
-
-
-@dataclass(frozen=True)
-class Found:
-    """The tasks of a stream in the order in which they arrive."""
-
-    name: str
-    tasks: tuple[TaskSource, ...]
-    notes: tuple[str, ...] = ()
 
 
 def find(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Found:
@@ -80,7 +51,7 @@ def find(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -
         raise UserError(f"stream must be a name, a folder or a list of tasks, not {type(source).__name__}")
     if not found.tasks:
         raise UserError("stream: the list of tasks is empty; give at least one {name, path}")
-    _check_names(task.name for task in found.tasks)
+    _check_names(task.name for task in (*found.tasks, *found.on_request))
     return found
 
 
@@ -106,7 +77,7 @@ def _at_path(path: Path) -> Found:
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
     if path.is_file():
-        return Found(path.stem, (_task(path.stem, str(path), None),))
+        return Found(path.stem, (task_at(path.stem, str(path), None),))
     hint = did_you_mean(str(path), BUILT_IN)
     raise UserError(f"stream {str(path)!r} is neither a built-in stream nor a folder or file. {hint}")
 
@@ -116,11 +87,11 @@ def folder(path: Path) -> Found:
     if (path / "tasks.json").is_file():
         return _manifest(path)
     inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    data_files = _data_files(path)
-    if _is_saved(path) or (data_files and all(_SPLIT_FILE.fullmatch(entry.stem) for entry in data_files)):
+    inside_files = data_files(path)
+    if is_saved(path) or (inside_files and all(is_split_file(entry) for entry in inside_files)):
         name = path.resolve().name
-        return Found(name, (_task(name, str(path), None),))
-    candidates = data_files + [entry for entry in inside if entry.is_dir() and (_data_files(entry) or _is_saved(entry))]
+        return Found(name, (task_at(name, str(path), None),))
+    candidates = inside_files + [entry for entry in inside if entry.is_dir() and (data_files(entry) or is_saved(entry))]
     if not candidates:
         raise UserError(
             f"{path}: no tasks here. A task is a file {' | '.join('NAME' + suffix for suffix in SUFFIXES)}, "
@@ -128,7 +99,7 @@ def folder(path: Path) -> Found:
         )
     # two of one name stay together, so that the check on names sees them
     candidates.sort(key=lambda entry: entry.name if entry.is_dir() else entry.stem)
-    tasks = [_task(entry.name if entry.is_dir() else entry.stem, str(entry), path) for entry in candidates]
+    tasks = [task_at(entry.name if entry.is_dir() else entry.stem, str(entry), path) for entry in candidates]
     return Found(path.resolve().name, tuple(tasks))
 
 
@@ -225,12 +196,12 @@ def _from_fields(fields: Mapping[str, Any], root: Path | None) -> TaskSource:
         path = fields["path"]
     elif "path" not in fields:
         path = str(_by_name(name, root))
-    elif (root / fields["path"]).exists() or not _looks_like_hub_id(fields["path"]):
+    elif (root / fields["path"]).exists() or not looks_like_hub_id(fields["path"]):
         path = str(root / fields["path"])
     else:
         path = fields["path"]
     image_folder = fields.get("image_folder")
-    task = _task(
+    task = task_at(
         name,
         path,
         root,
@@ -253,84 +224,6 @@ def _by_name(name: str, root: Path) -> Path:
         hint = did_you_mean(name, there) if there else ""
         raise UserError(f"{root / 'tasks.json'}: no data for the task {name!r} in {root}. {hint}".rstrip())
     return places[0]
-
-
-def _task(
-    name: str,
-    path: str,
-    root: Path | None,
-    *,
-    instruction: str | None = None,
-    scorer: str | None = None,
-    image_folder: Path | None = None,
-) -> TaskSource:
-    """The task whose data lie at `path`: a file, a folder with one file a split, or a hub id."""
-    place = Path(path).expanduser()
-    files: tuple[tuple[Path, str | None], ...] = ()
-    dataset = None
-    home = place
-    if place.is_file():
-        if place.suffix not in SUFFIXES:
-            raise UserError(f"task {name!r}: {place} has an unknown ending; understood: {', '.join(SUFFIXES)}")
-        files, home = ((place, None),), place.parent
-    elif place.is_dir() and _is_saved(place):
-        dataset = str(place)
-    elif place.is_dir():
-        files = _split_files(place)
-    elif _looks_like_hub_id(path) and not place.parent.is_dir():
-        # beside an existing folder it is a mistyped path, not worth half a minute of asking the hub
-        dataset, home = path, Path()
-    else:
-        raise UserError(f"task {name!r}: {place} does not exist (a hub id is written owner/name)")
-    if image_folder is not None and not image_folder.is_dir():
-        raise UserError(f"task {name!r}: image_folder {image_folder} is not a folder")
-    folders = (image_folder,) if image_folder is not None else (home, root) if root is not None else (home,)
-    return TaskSource(
-        name,
-        files,
-        dataset,
-        instruction=instruction,
-        scorer=scorer,
-        image_folders=tuple(dict.fromkeys(folders)),
-    )
-
-
-def _split_files(path: Path) -> tuple[tuple[Path, str | None], ...]:
-    """The data files of a task's folder: train, dev and test by name, else data.*, else the only one."""
-    inside = _data_files(path)
-    named = [(entry, match) for entry in inside if (match := _SPLIT_FILE.fullmatch(entry.stem))]
-    whole: dict[str, Path] = {}
-    for entry, match in named:
-        split = SPLIT_NAMES[match[1]]
-        if match[2] is None and split in whole:
-            raise UserError(f"{path}: two files for the split {split}: {whole[split].name} and {entry.name}")
-        if match[2] is None:
-            whole[split] = entry
-    if named:
-        return tuple((entry, SPLIT_NAMES[match[1]]) for entry, match in named)
-    chosen = [entry for entry in inside if entry.stem == "data"] or inside
-    if len(chosen) != 1:
-        raise UserError(
-            f"{path}: a task's folder holds train, dev and test files ({', '.join(SUFFIXES)}) or one data "
-            f"file; found {', '.join(entry.name for entry in inside) or 'none'}"
-        )
-    return ((chosen[0], None),)
-
-
-def _data_files(path: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in path.iterdir()
-        if entry.suffix in SUFFIXES and entry.is_file() and not entry.name.startswith(".")
-    )
-
-
-def _looks_like_hub_id(path: str) -> bool:
-    return _HUB_ID.fullmatch(path) is not None and not path.endswith(SUFFIXES)
-
-
-def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in _SAVED_DATASET)
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -364,7 +257,7 @@ def _instrdialog(*, order: int = 1, path: str | None = None, examples: int = 2) 
     orders: dict[str, list[str]] = parse_json(decode_utf8(read_bytes(file), file), file)
     if str(order) not in orders:
         raise UserError(f"stream: instrdialog has the orders {', '.join(orders)}, not {order!r}")
-    data = _data_folder("instrdialog", path)
+    data = data_folder("instrdialog", path)
     tasks = _listed_tasks(data) if (data / "tasks.json").is_file() else _task_files(data, orders[str(order)])
     missing = [name for name in orders[str(order)] if name not in tasks]
     if missing:
@@ -382,24 +275,15 @@ def _task_files(path: Path, names: Sequence[str]) -> dict[str, TaskSource]:
     """The Super-NI task files of these names, with CITB's splits."""
     split = PositionalSplit(test=50, dev=50, train=500)
     files = {name: path / f"{name}.json" for name in names}
-    return {name: replace(_task(name, str(file), path), split=split) for name, file in files.items() if file.is_file()}
+    return {
+        name: replace(task_at(name, str(file), path), split=split) for name, file in files.items() if file.is_file()
+    }
 
 
-def _data_folder(name: str, path: str | None) -> Path:
-    """Where the data of a built-in stream lie that do not come with the package."""
-    root = os.environ.get("LCIA_DATA")
-    if path is not None:
-        place = Path(_fields({"path": path}, f"stream: {name}")["path"]).expanduser()
-    elif root:
-        place = Path(root).expanduser() / name
-    else:
-        raise UserError(
-            f"stream: the data of {name} do not come with lcia: write {{name: {name}, path: FOLDER}}, or set LCIA_DATA "
-            f"to the folder in which {name}/ lies"
-        )
-    if not place.is_dir():
-        raise UserError(f"stream: {name}: {place} is not a folder")
-    return place
-
-
-BUILT_IN: dict[str, Callable[..., Found]] = {"assistant": _assistant, "instrdialog": _instrdialog}
+BUILT_IN: dict[str, Callable[..., Found]] = {
+    "assistant": _assistant,
+    "instrdialog": _instrdialog,
+    "vision": vision,
+    "coin": coin,
+    "coast": coast,
+}

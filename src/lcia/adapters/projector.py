@@ -1,0 +1,115 @@
+"""The projector of a vision-language model, from the features of an image to tokens: one of its own for each adapter.
+
+A copy is trained, averaged, kept and restored with its adapter; without one, the base's projector is in its place. The
+copies hang below the base's module, which stays what and where it is:
+
+    model.multi_modal_projector.linear_1.weight                       the base's
+    model.multi_modal_projector.adapters.group_NAME.linear_1.weight   the adapter's, fp32
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from lcia.adapters.naming import CHILD, key_of
+from lcia.errors import UserError
+
+PROJECTOR_FILE = "projector.safetensors"
+# What transformers' models call it: LLaVA, Gemma 3, InternVL; Qwen-VL; Idefics, SmolVLM.
+_KNOWN = ("multi_modal_projector", "visual.merger", "connector")
+
+
+def find_projector(model: PreTrainedModel, wanted: str, name: str) -> str | None:
+    """The path of the module that is trained as projector.
+
+    Args:
+        wanted: the configuration's `projector`: auto, none, or the end of a path.
+        name: how the user calls the model.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if wanted == "none":
+        return None
+    ends = _KNOWN if wanted == "auto" else (wanted,)
+    found = [path for path, _ in model.named_modules() if any(f".{path}".endswith(f".{end}") for end in ends)]
+    if len(found) == 1:
+        return found[0]
+    problem = f"has no module {' or '.join(ends)}" if not found else f"has several: {', '.join(found)}"
+    raise UserError(f"key 'projector': model {name} {problem}; write the projector's path in the model, or none")
+
+
+class Projectors:
+    """A copy of the projector at `path` per adapter; at most one is in its place."""
+
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        self.path = path
+        self.active: str | None = None  # None: the base's own
+        self._module = model.get_submodule(path)
+        self._untrained = copy.deepcopy(self._module).float()
+        self._attached = False
+
+    def add(self, name: str) -> None:
+        """A copy that starts as the base's projector."""
+        if not self._attached:
+            self._module.add_module(CHILD, torch.nn.ModuleDict())
+            self._hook = self._module.register_forward_hook(self._instead)
+            self._attached = True
+        device = next(self._module.parameters()).device
+        made = copy.deepcopy(self._untrained).to(device).requires_grad_(False)
+        self._module.get_submodule(CHILD).add_module(key_of(name), made)
+
+    def remove(self, name: str) -> None:
+        delattr(self._module.get_submodule(CHILD), key_of(name))
+        if self.active == name:
+            self.active = None
+
+    @contextlib.contextmanager
+    def untrained(self) -> Iterator[None]:
+        """The base's own in its place inside."""
+        before, self.active = self.active, None
+        try:
+            yield
+        finally:
+            self.active = before
+
+    @torch.no_grad()
+    def settle(self, name: str | None) -> None:
+        """Take all copies out of the model, the weights of `name`'s for good in the base's place, in their dtype."""
+        if not self._attached:
+            return
+        if name is not None:
+            own = self._module.get_submodule(f"{CHILD}.{key_of(name)}")
+            for key, weights in own.named_parameters():
+                self._module.get_parameter(key).copy_(weights)
+        self._hook.remove()
+        delattr(self._module, CHILD)
+        self._attached = False
+
+    def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
+        """{name in the model: parameter} of one copy."""
+        own = self._module.get_submodule(f"{CHILD}.{key_of(name)}")
+        return {f"{self.path}.{CHILD}.{key_of(name)}.{key}": weights for key, weights in own.named_parameters()}
+
+    def save(self, name: str, path: Path) -> None:
+        """A copy's weights, under the names that the base's projector has in the model."""
+        state = {
+            key.replace(f".{CHILD}.{key_of(name)}.", ".", 1): weights.detach().cpu().contiguous()
+            for key, weights in self.parameters(name).items()
+        }
+        save_file(state, path, metadata={"format": "pt"})
+
+    def _instead(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+        if self.active is None:
+            return None  # the output stays as it is
+        own = module.get_submodule(f"{CHILD}.{key_of(self.active)}")
+        result: torch.Tensor = own(*(value.float() for value in inputs))
+        return result.to(output.dtype)

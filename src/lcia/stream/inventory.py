@@ -1,0 +1,211 @@
+"""What of a benchmark's data is there: file by file, image folder by image folder, task by task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcia.errors import UserError
+from lcia.stream.formats import Draft, Faults
+from lcia.stream.load import read_task_file
+from lcia.stream.task_source import Found, TaskSource
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+READY, PARTLY, NO = "ready", "partly", "no"
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file of rows. `state`: there | missing | unreadable."""
+
+    path: str
+    state: str
+    rows: int  # that can be used, as far as the file alone tells
+    bad_rows: int
+    problem: str | None  # why it cannot be read, or the first bad row
+
+
+@dataclass(frozen=True)
+class ImageState:
+    """The images below one folder to which a task's rows refer."""
+
+    folder: str
+    referenced: int  # distinct images
+    found: int
+    empty: int  # files of no bytes, not counted as found
+    missing: str | None  # the first that is not there
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """A task. `state`: ready; partly (with skip_bad_rows=true, which leaves out the rows in question); no."""
+
+    name: str
+    state: str
+    rows: dict[str, int]  # split ("unsplit" where one is drawn later) → rows whose images are there
+    rows_without_image: int  # that refer to one which is missing or empty
+    files: tuple[FileState, ...]
+    images: tuple[ImageState, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """A download as it is; `as_dict()` is plain JSON, and rich can print it."""
+
+    benchmark: str
+    tasks: tuple[TaskState, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def can_run(self) -> list[str]:
+        """Tasks that can be learned without the rest, those among them whose rows are not all usable included."""
+        return [task.name for task in self.tasks if task.state != NO]
+
+    def as_dict(self) -> dict[str, Any]:
+        tasks = [asdict(task) for task in self.tasks]
+        return {"benchmark": self.benchmark, "can_run": self.can_run, "tasks": tasks, "notes": list(self.notes)}
+
+    def __rich__(self) -> RenderableType:
+        return _render(self)
+
+
+def take_inventory(found: Found, on_bytes: Callable[[int], None] = lambda read: None) -> Inventory:
+    """Look at every file of rows, and for every image they refer to; no image is opened.
+
+    Args:
+        on_bytes: called after each file of rows with its size.
+    """
+    notes = list(found.notes)
+    tasks = tuple(_task_state(task, on_bytes, notes) for task in (*found.tasks, *found.on_request))
+    return Inventory(found.name, tasks, tuple(notes))
+
+
+def total_bytes(found: Found) -> int:
+    """Of the files of rows."""
+    return sum(_size(path) for task in (*found.tasks, *found.on_request) for path, _ in task.files)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _task_state(task: TaskSource, on_bytes: Callable[[int], None], notes: list[str]) -> TaskState:
+    images = _Images(task.image_folders)
+    files = []
+    rows: dict[str, int] = {}
+    without = 0
+    for path, split in task.files:
+        file, drafts = _read(task, path, split, notes)
+        files.append(file)
+        for draft in drafts:
+            # every image is looked up: what one row lacks is counted whole
+            complete = all([images.has(name) for name in draft.images])
+            without += not complete
+            key = draft.split or split or "unsplit"
+            rows[key] = rows.get(key, 0) + complete
+        on_bytes(_size(path))
+    # a data set that the library `datasets` reads is not looked into
+    usable = task.dataset is not None or (bool(rows.get("train") and rows.get("test")) or rows.get("unsplit", 0) > 1)
+    whole = all(file.state == "there" and file.bad_rows == 0 for file in files) and without == 0
+    state = NO if not usable else READY if whole else PARTLY
+    return TaskState(task.name, state, rows, without, tuple(files), images.states())
+
+
+def _read(task: TaskSource, path: Path, split: str | None, notes: list[str]) -> tuple[FileState, list[Draft]]:
+    faults = Faults(skip=True)
+    try:
+        drafts = read_task_file(task, path, split, faults, notes)
+    except UserError as error:
+        if not path.exists():
+            return FileState(str(path), "missing", 0, 0, None), []
+        return FileState(str(path), "unreadable", 0, 0, str(error)), []
+    bad = faults.found
+    return FileState(str(path), "there", len(drafts), len(bad), bad[0] if bad else None), drafts
+
+
+class _Images:
+    """The images of a task, looked for in its folders; a folder's names are read once."""
+
+    def __init__(self, folders: tuple[Path, ...]) -> None:
+        self._folders = [str(folder) for folder in folders]
+        self._listed: dict[str, dict[str, int]] = {}  # folder → name → bytes
+        self._size: dict[str, int | None] = {}  # image as written → bytes; None: missing
+
+    def has(self, name: str) -> bool:
+        if name not in self._size:
+            self._size[name] = self._look(name)
+        return bool(self._size[name])
+
+    def _look(self, name: str) -> int | None:
+        for folder in self._folders:
+            parent, base = os.path.split(os.path.normpath(os.path.join(folder, name)))
+            if parent not in self._listed:
+                self._listed[parent] = _listing(parent)
+            if base in self._listed[parent]:
+                return self._listed[parent][base]
+        return None
+
+    def states(self) -> tuple[ImageState, ...]:
+        """By the first two folders of the paths as written: COCO2014/train2014."""
+        parts: dict[str, list[str]] = {}
+        for name in self._size:
+            folder = os.path.normpath(os.path.dirname(name) or ".").split(os.sep)[:2]
+            parts.setdefault("/".join(folder), []).append(name)
+        return tuple(self._state(folder, names) for folder, names in sorted(parts.items()))
+
+    def _state(self, folder: str, names: list[str]) -> ImageState:
+        sizes = [self._size[name] for name in names]
+        missing = next((name for name, size in zip(names, sizes, strict=True) if size is None), None)
+        return ImageState(folder, len(names), sum(map(bool, sizes)), sizes.count(0), missing)
+
+
+def _listing(folder: str) -> dict[str, int]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except (OSError, ValueError):  # no such folder, or a path that cannot be one
+        return {}
+
+
+_WORDS = {
+    READY: "ready",
+    PARTLY: "partly: skip_bad_rows=true leaves out rows that are broken or whose image is missing",
+    NO: "cannot run",
+}
+
+
+def _render(inventory: Inventory) -> RenderableType:
+    # rich is needed for printing only
+    from rich.console import Group
+    from rich.text import Text
+
+    lines = []
+    for task in inventory.tasks:
+        lines.append(Text.assemble((task.name, "bold"), f"  {_WORDS[task.state]}"))
+        lines += [Text(f"  {_file_line(file)}") for file in task.files]
+        lines += [Text(f"  {_image_line(images)}") for images in task.images]
+    ready = [task.name for task in inventory.tasks if task.state == READY]
+    partly = [task.name for task in inventory.tasks if task.state == PARTLY]
+    summary = f"{len(ready)} of {len(inventory.tasks)} tasks ready: {', '.join(ready) or 'none'}"
+    if partly:
+        summary += f"; partly: {', '.join(partly)}"
+    return Group(*lines, Text(summary, style="bold"), *(Text(f"- {note}") for note in inventory.notes))
+
+
+def _file_line(file: FileState) -> str:
+    if file.state != "there":
+        return f"{file.state}: {file.problem or file.path}"
+    bad = f", {file.bad_rows} more cannot be used: {file.problem}" if file.bad_rows else ""
+    return f"{file.path}: {file.rows:,} rows{bad}"
+
+
+def _image_line(images: ImageState) -> str:
+    line = f"images {images.folder}: {images.found:,} of {images.referenced:,} there"
+    if images.missing is not None:
+        line += f", {images.referenced - images.found - images.empty:,} missing, such as {images.missing}"
+    return line + (f", {images.empty:,} of no bytes: get them again" if images.empty else "")

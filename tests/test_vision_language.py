@@ -1,0 +1,396 @@
+"""Models that see, on tiny random LLaVA and Qwen2-VL: batches, what is trained, projectors, a whole run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lcia import run
+from lcia.adapters import AdapterPool, find_projector, language_targets
+from lcia.adapters.projector import PROJECTOR_FILE
+from lcia.backbone import Backbone, answer_logits, load_backbone
+from lcia.backbone.loading import weights_sha256
+from lcia.errors import UserError
+from lcia.evaluation import Decoding, generate_answers
+from lcia.export import export_run
+from lcia.methods import METHODS
+from lcia.progress import Reporter
+from lcia.run import resume, train
+from lcia.session import make_pool, open_run
+from lcia.stream import Row, load_stream
+from lcia.training import TaskTrainer
+from tiny_vision import COLOURS, square_stream, tiny_llava, tiny_qwen
+
+MAKERS = {"llava": tiny_llava, "qwen": tiny_qwen}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in MAKERS.items()}
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return square_stream(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture(params=list(MAKERS))
+def backbone(request: pytest.FixtureRequest, models: dict[str, Path]) -> Backbone:
+    return load_backbone(str(models[request.param]), dtype="float32")
+
+
+@pytest.fixture
+def see_config(tiny_config: Callable[..., Any], models: dict[str, Path], squares: Path) -> Callable[..., Any]:
+    def make(model: str = "llava", **changes: Any) -> Any:
+        return tiny_config(**{"model": str(models[model]), "stream": str(squares), **changes})
+
+    return make
+
+
+def measure(config: Any) -> dict[str, Any]:
+    with Reporter() as reporter:
+        return train(config, reporter)
+
+
+def some_rows(squares: Path) -> list[Row]:
+    """With an image, without one, and with two."""
+    stream = load_stream(str(squares))
+    seeing, other = [row for row in stream[1].train if row.images][:2]
+    text = next(row for row in stream[1].train if not row.images)
+    return [seeing, text, replace(other, images=(*other.images, *seeing.images))]
+
+
+# --- batches
+
+
+def test_a_batch_of_text_and_images_is_its_rows_one_by_one(backbone: Backbone, squares: Path) -> None:
+    rows = [backbone.reader.encode(row) for row in some_rows(squares)]
+    logits, targets = answer_logits(backbone.model, backbone.reader.collate(rows))
+    alone = [answer_logits(backbone.model, backbone.reader.collate([row])) for row in rows]
+    torch.testing.assert_close(logits, torch.cat([part for part, _ in alone]), rtol=1e-4, atol=1e-5)
+    assert targets.tolist() == [token for row in rows for token in row.answer]
+
+
+def test_the_loss_sees_the_plain_model_s_logits(backbone: Backbone, squares: Path) -> None:
+    """Against the model called as its own documentation does, with all positions and all logits."""
+    for row in some_rows(squares):
+        encoded = backbone.reader.encode(row)
+        logits, _ = answer_logits(backbone.model, backbone.reader.collate([encoded]))
+        images = [Image.open(path) for path in row.images]
+        shown = dict(backbone.reader.chat(text=[encoded.text], images=images, return_tensors="pt")) if images else {}
+        prompt = shown.pop("input_ids", torch.tensor([encoded.prompt]))
+        assert prompt[0].tolist() == list(encoded.prompt)
+        answer = torch.tensor([encoded.answer])
+        shown["attention_mask"] = torch.ones(1, len(encoded), dtype=torch.long)
+        if "mm_token_type_ids" in shown:
+            shown["mm_token_type_ids"] = torch.cat([shown["mm_token_type_ids"], torch.zeros_like(answer)], dim=1)
+        full = backbone.model(input_ids=torch.cat([prompt, answer], dim=1), use_cache=False, **shown).logits[0]
+        torch.testing.assert_close(logits, full[len(encoded.prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
+
+
+def test_another_image_gives_another_answer(backbone: Backbone, squares: Path) -> None:
+    rows = [row for row in load_stream(str(squares))[0].train if row.images][:2]
+    asked = [replace(rows[0], images=row.images) for row in rows]
+    first, second = (answer_logits(backbone.model, backbone.reader.collate([backbone.reader.encode(r)])) for r in asked)
+    assert (first[0] - second[0]).abs().max() > 1e-3
+
+
+def test_answers_of_a_batch_are_those_of_its_rows(backbone: Backbone, squares: Path) -> None:
+    pool = AdapterPool(backbone.model, {"r": 2, "target_modules": language_targets(backbone.model, "all-linear")}, "x")
+    pool.add("a")
+    prompts = [backbone.reader.encode_prompt(row) for row in some_rows(squares)]
+    decoding = Decoding(max_new_tokens=5, batch_size=3, max_length=256)
+    together = generate_answers(pool, backbone.reader, ["a"] * 3, prompts, decoding)
+    assert together == [generate_answers(pool, backbone.reader, ["a"], [one], decoding)[0] for one in prompts]
+
+
+def test_text_that_stands_for_an_image_is_refused_with_the_row(backbone: Backbone) -> None:
+    token = backbone.reader.image_token  # type: ignore[attr-defined]
+    row = Row("1", "x", (("user", f"what does {token} mean"),), ("y",), source="file.jsonl:7")
+    with pytest.raises(UserError, match=r"file\.jsonl:7.*stands for an image"):
+        backbone.reader.encode(row)
+
+
+# --- what is trained
+
+
+def test_lora_changes_the_language_model_alone(backbone: Backbone, see_config: Callable[..., Any]) -> None:
+    pool = make_pool(see_config(), backbone)
+    pool.add("a")
+    trained = pool.train_only("a")
+    projector = pool.projector_parameters("a")
+    assert projector
+    assert all(".language_model." in name for name in set(trained) - projector)
+    assert len({name.split(".lora_")[0] for name in set(trained) - projector}) == 2 * 7  # layers x linear layers
+    assert all(weights.dtype == torch.float32 for weights in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [(r".*\.vision_tower\..*q_proj", "language model"), (["fc1"], "language model"), (r".*q_proj", "vision_tower")],
+)
+def test_a_target_in_the_vision_tower_is_refused(models: dict[str, Path], targets: Any, named: str) -> None:
+    model = load_backbone(str(models["llava"]), dtype="float32").model
+    with pytest.raises(UserError, match=f"lora_target_modules.*{named}"):
+        language_targets(model, targets)
+
+
+def test_targets_by_their_ends_are_those_of_the_language_model(models: dict[str, Path]) -> None:
+    model = load_backbone(str(models["llava"]), dtype="float32").model
+    pool = AdapterPool(model, {"r": 2, "target_modules": language_targets(model, ["q_proj", "v_proj"])}, "x")
+    pool.add("a")
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in pool.parameters("a")} == {"q_proj", "v_proj"}
+    assert all(".language_model." in name for name in pool.parameters("a"))
+
+
+def test_an_unknown_projector_is_named(models: dict[str, Path]) -> None:
+    model = load_backbone(str(models["llava"]), dtype="float32").model
+    with pytest.raises(UserError, match=r"key 'projector'.*no module bridge"):
+        find_projector(model, "bridge", "tiny")
+    assert find_projector(model, "none", "tiny") is None
+    assert find_projector(model, "auto", "tiny") == "model.multi_modal_projector"
+
+
+def test_the_projector_has_a_learning_rate_of_its_own(
+    see_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: Counter[float] = Counter()
+    original = TaskTrainer.create_optimizer
+
+    def noted(self: TaskTrainer, model: Any = None) -> Any:
+        optimizer = original(self, model)
+        for group in optimizer.param_groups:
+            rates[group["lr"]] += len(group["params"])
+        return optimizer
+
+    monkeypatch.setattr(TaskTrainer, "create_optimizer", noted)
+    config = see_config(tasks=["colours"], projector_learning_rate=1e-3, max_steps=1)
+    measure(config)
+    assert rates == {1e-2: 2 * 7 * 2, 1e-3: 4}  # A and B of 14 matrices; two matrices and biases
+
+
+# --- a whole run
+
+
+@pytest.mark.parametrize("model", MAKERS)
+@pytest.mark.parametrize("method", ["lcia", {"name": "moelora", "experts": 2}])
+def test_a_run_keeps_each_group_s_projector_and_touches_nothing_else(
+    see_config: Callable[..., Any], model: str, method: Any
+) -> None:
+    config = see_config(model, method=method)
+    before = load_backbone(config.model, dtype="float32").fingerprint
+    results = measure(config)
+    assert all(score is not None for score in results["matrix"][-1])
+    session = open_run(Path(config.output_dir))
+    base = {name: w for name, w in session.backbone.model.named_parameters() if ".adapters." not in name}
+    base = {name.replace(".base_layer", ""): weights for name, weights in base.items() if ".lora_" not in name}
+    assert weights_sha256(base) == before
+    pool = session.pool
+    start = session.backbone.model.get_submodule(find_projector(session.backbone.model, "auto", "x") or "")
+    untrained = [weights for name, weights in start.named_parameters() if not name.startswith("adapters.")]
+    copies = {
+        name: [pool.parameters(name)[key] for key in sorted(pool.projector_parameters(name))] for name in pool.names
+    }
+    for name, weights in copies.items():
+        moved = sum(
+            float((mine - old).abs().max()) for mine, old in zip(weights, sorted_like(untrained, weights), strict=True)
+        )
+        assert moved > 1e-4, name
+        saved = load_file(Path(config.output_dir) / "pool" / name / PROJECTOR_FILE)
+        assert {tuple(tensor.shape) for tensor in saved.values()} == {tuple(tensor.shape) for tensor in weights}
+    if len(pool.names) > 1:
+        assert any(not torch.equal(a, b) for a, b in zip(*copies.values(), strict=True))
+
+
+def sorted_like(weights: list[Any], others: list[Any]) -> list[Any]:
+    """`weights` in an order in which their shapes are those of `others`."""
+    left = list(weights)
+    return [left.pop(next(i for i, w in enumerate(left) if w.shape == other.shape)) for other in others]
+
+
+def test_projectors_after_the_second_task_are_those_learned(
+    see_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The released code writes the projector under other keys than it reads: after a restart it is the base's again."""
+    learned: dict[str, torch.Tensor] = {}
+    original = run.learn_stage
+
+    def noted(session: Any, stage: Any, reporter: Any) -> None:
+        original(session, stage, reporter)
+        for name in session.pool.names:
+            parameters = session.pool.parameters(name)
+            learned.update({key: parameters[key].clone() for key in session.pool.projector_parameters(name)})
+
+    monkeypatch.setattr(run, "learn_stage", noted)
+    config = see_config(tasks=["colours", "tints"])
+    measure(config)
+    again = open_run(Path(config.output_dir)).pool
+    found = {key: again.parameters(name)[key] for name in again.names for key in again.projector_parameters(name)}
+    assert len(found) == 8
+    assert found.keys() == learned.keys()
+    assert all(torch.equal(found[key], learned[key]) for key in found)
+
+
+def test_projector_weights_under_other_names_are_refused(
+    backbone: Backbone, see_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What makes the released code lose the projector without a word is an error here."""
+    pool = make_pool(see_config(), backbone)
+    pool.add("a")
+    pool.save("a", tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    state = load_file(path)
+    projector = [key for key in state if ".lora_" not in key]
+    assert projector
+    for key in projector:
+        state[key.replace("base_model.model.", "")] = state.pop(key)
+    save_file(state, path)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: its weights do not fit"):
+        pool.load("a", tmp_path / "a")
+
+
+def test_the_average_holds_the_projector(see_config: Callable[..., Any]) -> None:
+    """Retained mass 1 keeps everything: the second task of the group must not move its projector."""
+    kept = {}
+    for tasks in (["colours"], ["colours", "paints"]):
+        method = {"name": "lcia", "rule": "fixed", "retained": None, "fallback": 1.0}
+        config = see_config(tasks=tasks, method=method, output_dir=str(Path(see_config().output_dir) / str(len(tasks))))
+        measure(config)
+        kept[len(tasks)] = open_run(Path(config.output_dir)).pool.sha256("colours")
+    assert kept[1] == kept[2]
+
+
+@pytest.mark.parametrize("model", MAKERS)
+def test_a_kill_inside_a_task_changes_nothing(
+    see_config: Callable[..., Any], model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"tasks": ["colours", "paints"], "save_steps": 1, "projector_learning_rate": 5e-3}
+    whole = see_config(model, **options, output_dir=str(tmp_path / "whole"))
+    measure(whole)
+    cut = see_config(model, **options, output_dir=str(tmp_path / "cut"))
+    original, steps = TaskTrainer.compute_loss, 0
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 6:  # the third step of the second task
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        measure(cut)
+    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
+    with Reporter() as reporter:
+        resume(Path(cut.output_dir), reporter)
+    files = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in (folder / "pool").rglob("*.safetensors")}
+        for folder in (Path(whole.output_dir), Path(cut.output_dir))
+    ]
+    assert files[0] == files[1]
+    assert any(path.endswith(PROJECTOR_FILE) for path in files[0])
+
+
+def test_exports_answer_as_the_run_does(see_config: Callable[..., Any], squares: Path, tmp_path: Path) -> None:
+    config = see_config(tasks=["colours", "tints"], max_steps=5)
+    measure(config)
+    session = open_run(Path(config.output_dir))
+    reader = session.backbone.reader
+    batch = reader.collate([reader.encode(row) for row in some_rows(squares)])
+    with session.pool.active("tints") as model, torch.no_grad():
+        expected, _ = answer_logits(model, batch)
+    with session.pool.active(None) as model, torch.no_grad():
+        untrained, _ = answer_logits(model, batch)
+    assert (expected - untrained).abs().max() > 1e-2
+
+    export_run(Path(config.output_dir), tmp_path / "peft")
+    base = AutoModelForImageTextToText.from_pretrained(config.model)
+    plain = PeftModel.from_pretrained(base, tmp_path / "peft" / "tints").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(answer_logits(plain, batch)[0], expected, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "peft" / "tints" / PROJECTOR_FILE).is_file()
+
+    export_run(Path(config.output_dir), tmp_path / "merged", layout="merged", group="tints")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(answer_logits(merged, batch)[0], expected, rtol=1e-4, atol=1e-4)
+    AutoProcessor.from_pretrained(tmp_path / "merged")
+    assert not [key for key in load_file(tmp_path / "merged" / "model.safetensors") if "adapters" in key]
+    with pytest.raises(UserError, match=r"--as vllm.*projector"):
+        export_run(Path(config.output_dir), tmp_path / "vllm", layout="vllm")
+
+
+def test_predictions_name_their_images(see_config: Callable[..., Any]) -> None:
+    config = see_config(tasks=["colours"], method="lora")
+    measure(config)
+    line = (Path(config.output_dir) / "predictions" / "1" / "colours.jsonl").read_text().splitlines()[0]
+    assert Path(json.loads(line)["images"][0]).is_file()
+
+
+# --- images that cannot be used
+
+
+def test_a_broken_image_stops_the_run_before_training(
+    see_config: Callable[..., Any], squares: Path, tmp_path: Path
+) -> None:
+    broken = square_stream(tmp_path / "broken")
+    path = broken / "images" / "tints" / "4.png"
+    path.write_bytes(path.read_bytes()[:40])
+    config = see_config(stream=str(broken))
+    with pytest.raises(UserError, match=r"tints\.jsonl:5.*4\.png"):
+        measure(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_model_of_text_refuses_image_rows(tiny_config: Callable[..., Any], squares: Path) -> None:
+    with pytest.raises(UserError, match=r"colours\.jsonl:1.*reads text only"):
+        measure(tiny_config(stream=str(squares)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (300, 20)])
+def test_images_of_every_kind_are_read(backbone: Backbone, tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    path = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    Image.new("RGB", size, COLOURS["red"]).convert("L" if mode == "I;16" else mode).convert(mode).save(path)
+    row = Row("1", "x", (("user", "what is it"),), ("y",), images=(str(path),), source="file.jsonl:3")
+    batch = backbone.reader.collate([backbone.reader.encode(row)])
+    logits, _ = answer_logits(backbone.model, batch)
+    assert torch.isfinite(logits).all()
+
+
+def test_a_stream_without_images_runs_on_a_model_that_sees(see_config: Callable[..., Any], tiny_stream: Path) -> None:
+    results = measure(see_config(stream=str(tiny_stream), tasks=["colours"], method="lora"))
+    assert results["matrix"][1][0] is not None
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_learns_what_is_shown(see_config: Callable[..., Any], method: str) -> None:
+    only_lora = {"projector": "none"} if method in ("model_tailor", "pgp") else {}
+    results = measure(see_config(method=method, tasks=["colours", "tints", "paints"], max_steps=2, **only_lora))
+    assert None not in results["matrix"][-1]
+
+
+@pytest.mark.parametrize("method", ["model_tailor", "pgp"])
+def test_methods_of_linear_layers_name_the_way_out(see_config: Callable[..., Any], method: str) -> None:
+    with pytest.raises(UserError, match=rf"{method}: .*projector.*projector: none"):
+        measure(see_config(method=method, tasks=["colours"]))
+
+
+@pytest.mark.parametrize("method", ["lcia", "agem", "ewc", {"name": "llaca", "rule": "fisher"}])
+def test_steps_without_images_leave_nothing_undone(
+    see_config: Callable[..., Any], tiny_stream: Path, method: Any
+) -> None:
+    """No gradient reaches the projector there: that is a gradient of 0, not a missing one."""
+    results = measure(see_config(stream=str(tiny_stream), tasks=["colours", "paints"], method=method))
+    assert None not in results["matrix"][-1]
