@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lcia import run
 from lcia.adapters import AdapterPool, find_projector, language_targets
 from lcia.adapters.projector import PROJECTOR_FILE
-from lcia.backbone import Backbone, answer_logits, load_backbone
+from lcia.backbone import Backbone, answer_logits, load_backbone, prefix
 from lcia.backbone.loading import weights_sha256
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
@@ -30,7 +30,7 @@ from lcia.run import resume, train
 from lcia.session import make_pool, open_run
 from lcia.stream import Row, load_stream
 from lcia.training import TaskTrainer
-from tiny_vision import COLOURS, square_stream, tiny_llava, tiny_qwen
+from tiny_vision import COLOURS, IMAGE, square_stream, tiny_llava, tiny_qwen
 
 MAKERS = {"llava": tiny_llava, "qwen": tiny_qwen}
 
@@ -97,6 +97,25 @@ def test_the_loss_sees_the_plain_model_s_logits(backbone: Backbone, squares: Pat
             shown["mm_token_type_ids"] = torch.cat([shown["mm_token_type_ids"], torch.zeros_like(answer)], dim=1)
         full = backbone.model(input_ids=torch.cat([prompt, answer], dim=1), use_cache=False, **shown).logits[0]
         torch.testing.assert_close(logits, full[len(encoded.prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_text_before_the_first_image_is_read_once(models: dict[str, Path], squares: Path) -> None:
+    backbone = load_backbone(str(models["llava"]), dtype="float32")
+    said = "the same long beginning of every one of them"
+    rows = [replace(row, messages=(("system", said), *row.messages)) for row in some_rows(squares)[::2]]
+    batch = backbone.reader.collate([backbone.reader.encode(row) for row in rows])
+    cache = prefix.of_batch(backbone.model, batch, backbone.model.config.image_token_id)
+    assert cache is not None
+    text = backbone.reader.encode(rows[0]).text
+    assert cache.get_seq_length() == len(backbone.tokenizer(text[: text.index(IMAGE)])["input_ids"])
+    logits, _ = answer_logits(backbone.model, batch)
+    alone = [answer_logits(backbone.model, backbone.reader.collate([backbone.reader.encode(row)]))[0] for row in rows]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    prompts = [backbone.reader.encode_prompt(row) for row in rows]
+    pool = AdapterPool(backbone.model, {"r": 2, "target_modules": language_targets(backbone.model, "all-linear")}, "x")
+    decoding = Decoding(max_new_tokens=5, batch_size=3, max_length=256)
+    together = generate_answers(pool, backbone.reader, [None] * 2, prompts, decoding)
+    assert together == [generate_answers(pool, backbone.reader, [None], [one], decoding)[0] for one in prompts]
 
 
 def test_another_image_gives_another_answer(backbone: Backbone, squares: Path) -> None:

@@ -390,7 +390,7 @@ def backbone_build(
     name: Annotated[str, typer.Argument(help="lite-llava")],
     data: Annotated[
         str | None,
-        typer.Option(help="A folder of rows with images to align it on; the stream `vision` in $LCIA_DATA if not given."),
+        typer.Option(help="A folder of rows with images to align it on; $LCIA_DATA's stream `vision` if not given."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A new folder; the cache, where `model: lite-llava` finds it, if not given.")
@@ -410,7 +410,7 @@ def backbone_build(
     settings = lite_llava.Settings(steps=steps, captions_only=captions_only)
     with Reporter() as reporter:
         built = lite_llava.build(find_model(lite_llava.LANGUAGE_MODEL), data, output, settings, reporter)
-    _emit(as_json, built.as_dict(), built)
+    _emit(as_json, built.as_dict(), str(built))
 
 
 def _config(path: str, overrides: list[str] | None) -> RunConfig:

@@ -196,8 +196,11 @@ class VisionLanguage(DecoderOnly):
     sees = True
 
     def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
-        """None where images are shown: the model must see them beside the first token behind the prefix."""
-        return super()._prefix(model, batch) if set(batch) == _TEXT else None
+        """What stands before the first image, of models known to read from left to right: some of the others let the
+        tokens of a prompt see each other.
+        """
+        config = extract_model_from_parallel(model).config
+        return prefix.of_batch(model, batch, config.image_token_id) if config.model_type == "llava" else None
 
     def _shown(self, batch: Batch, length: int) -> dict[str, torch.Tensor]:
         return {
@@ -211,9 +214,6 @@ class GridVisionLanguage(VisionLanguage):
     """A token of an image has a position in time, height and width (Qwen2-VL, arXiv 2409.12191): models of this kind
     find the positions of all tokens by themselves, from the tokens and the sizes of the images.
     """
-
-    def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
-        return None
 
     def _positions(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return {}

@@ -29,6 +29,7 @@ from transformers import (
 from lcia.backbone.cache import cache_dir
 from lcia.backbone.layout import ENCODER_DECODER, GRID_VISION_LANGUAGE, Layout, layout_of
 from lcia.backbone.reader import ImageReader, Reader
+from lcia.backbone.vision_memo import VisionMemo
 from lcia.errors import UserError, did_you_mean
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -44,8 +45,14 @@ def _smollm2_gguf() -> Path:
     return files[0]
 
 
-# Built-in names: each finds a GGUF file on this machine.
-BUILT_IN = {"smollm2-135m": _smollm2_gguf}
+def _lite_llava() -> Path:
+    from lcia.backbone.lite_llava import folder  # late: it is built from a model that is loaded here
+
+    return folder()
+
+
+# Built-in names: each finds a folder or a GGUF file on this machine.
+BUILT_IN = {"smollm2-135m": _smollm2_gguf, "lite-llava": _lite_llava}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ def find_model(name: str) -> str:
         UserError: a folder without weights or configuration, a missing file, an unknown built-in name.
     """
     if name in BUILT_IN:
-        return str(_dequantised(BUILT_IN[name]()))
+        found = BUILT_IN[name]()
+        return str(found if found.is_dir() else _dequantised(found))
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -122,7 +130,17 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
     model.generation_config = _greedy(model, reader.tokenizer)
     model.requires_grad_(False)
     model.eval().to(device)
+    _remember_features(model)
     return Backbone(name, model, reader, weights_sha256(dict(model.named_parameters())))
+
+
+def _remember_features(model: PreTrainedModel) -> None:
+    """Of lite-llava's tower: 125 kB an image. A CLIP tower's hidden states would be 200 times as much."""
+    from lcia.backbone.lite_llava import EfficientNetLiteModel
+
+    for module in model.modules():
+        if isinstance(module, EfficientNetLiteModel):
+            VisionMemo(module).set()
 
 
 def load_layout(where: str, name: str) -> Layout:
@@ -131,6 +149,8 @@ def load_layout(where: str, name: str) -> Layout:
     Raises:
         UserError: it is no language model that answers a prompt.
     """
+    import lcia.backbone.lite_llava  # noqa: F401 - late; transformers learns of its vision tower
+
     try:
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:

@@ -18,10 +18,16 @@ _LEAST_SHARE = 0.2  # of a batch's tokens: below, the second pass through the mo
 _LEAST_ON_GPU = 2048  # tokens saved: there a pass over few tokens costs its kernel launches
 
 
-def of_batch(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> DynamicCache | None:
+def of_batch(
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], before: int | None = None
+) -> DynamicCache | None:
     """The cache of the tokens that all rows of a batch from `collate` begin with, once per row.
 
-    None: they share too little, or the model cannot be gone on with from a cache without a difference.
+    Args:
+        before: a token that is none of the prefix, and what follows it neither.
+
+    Returns:
+        None where they share too little, or where going on from a cache would make a difference.
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     rows, length = ids.shape
@@ -32,7 +38,8 @@ def of_batch(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Dynam
     most = int(prompts.min()) - 1  # a prompt's last token predicts the first one of the answer: it stays in its row
     columns = (length - lengths)[:, None] + torch.arange(max(most, 0), device=ids.device)
     first = ids.gather(1, columns)  # (B, most)
-    shared = int((first == first[:1]).all(dim=0).long().cumprod(dim=0).sum())
+    same = (first == first[:1]).all(dim=0) & (first[0] != (-1 if before is None else before))
+    shared = int(same.long().cumprod(dim=0).sum())
     return _cache(model, first[:1, :shared], rows, int(lengths.sum()))
 
 

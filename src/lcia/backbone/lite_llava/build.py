@@ -351,7 +351,7 @@ def align(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        reporter.training_step({"loss": float(loss)})
+        reporter.training_step({"loss": float(loss.detach())})
         reporter.advance()
     projector.requires_grad_(False).to(model.dtype)  # as it is saved, so that the loss is that of the saved model
     return before, mean_loss(own), mean_loss(others)
