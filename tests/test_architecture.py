@@ -26,6 +26,7 @@ ORDER = [
     {"results"},
     {"session"},
     {"learning", "measuring"},
+    {"init_stage"},
     {"run"},
     {"regrouping"},
     {"validate", "doctor"},

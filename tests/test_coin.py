@@ -111,8 +111,7 @@ def test_every_order_and_kind_loads_and_groups_as_in_table_10(whole: Path, order
         assert (len(task.train), len(task.dev), len(task.test)) == (TRAIN, 0, TEST)
     groups = groups_of(stream, THRESHOLDS[kind])
     if (order, kind) == ("reverse", "diverse"):
-        assert sorted(map(len, groups)) == [1, 1, 2, 4]
-        assert {"VizWiz", "OCR-VQA", "VQAv2", "GQA"} in groups
+        assert sorted(map(sorted, groups)) == sorted(map(sorted, [*ALONE, SHORT]))
     else:
         assert sorted(map(sorted, groups)) == sorted(map(sorted, TABLE_10[kind]))
 
@@ -346,6 +345,7 @@ def test_the_last_and_longest_instruction_counts() -> None:
     known = ["Answer shortly", "Answer shortly with a word", "Name it"]
     assert instruction_in("Q?\nanswer SHORTLY with a word.", known) == known[1]
     assert instruction_in("Name it\nQ?\nAnswer shortly.", known) == known[0]
+    assert instruction_in("Answer shortly with a word\nQ?\nName it.", known) == known[2]
     assert instruction_in("the option’s letter", ["the option's letter"]) == "the option's letter"
     assert instruction_in("Say it", known) is None
 
@@ -402,7 +402,7 @@ JSON = st.recursive(
 
 
 @given(st.lists(JSON, max_size=6), st.integers(1, 40), st.booleans(), st.sampled_from([None, 2]))
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=80)
 def test_elements_are_jsons_own_whatever_the_chunk(content: list[Any], chunk: int, ascii: bool, indent: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_list_module, "CHUNK", chunk)
@@ -448,8 +448,8 @@ def test_dev_rows_are_whole_images_of_the_training_rows(whole: Path) -> None:
         assert not {row.images or row.messages for row in task.train} & {row.images or row.messages for row in task.dev}
     vqa = stream[1]
     assert len(vqa.dev) == 3  # one of its four images, three questions each
-    assert f"VQAv2: no dev rows stated, so 3 of {TRAIN} training rows drawn with seed 0, whole images at a time; none from " \
-        "test" in stream.notes  # fmt: skip
+    drawn = f"VQAv2: no dev rows stated, so 3 of {TRAIN} training rows drawn with seed 0, whole images at a time"
+    assert f"{drawn}; none from test" in stream.notes
     assert load(whole, "ScienceQA", "VQAv2", dev_share=0.25) == stream
 
 
@@ -572,7 +572,7 @@ def test_the_real_vision_stream() -> None:
     for task in stream:
         parts = [{image for row in rows for image in row.images} for rows in (task.train, task.dev, task.test)]
         assert all(parts)
-        assert not (parts[0] & parts[1] or parts[1] & parts[2] or parts[0] & parts[2])
+        assert sum(map(len, parts)) == len(parts[0] | parts[1] | parts[2])  # no image in two splits
         assert all(SCORERS[task.scorer](row.outputs[0], row.outputs) == 1.0 for row in all_rows(task))
 
 
@@ -733,8 +733,7 @@ def test_prepare_a_whole_download(lcia: Run, whole: Path) -> None:
         ] * 2
         assert [(file["state"], file["rows"]) for file in task["files"]] == [("there", TRAIN), ("there", TEST)]
         (images,) = task["images"]
-        referenced = 4 if name != "ScienceQA" else 4
-        assert (images["folder"], images["referenced"], images["found"]) == (IMAGES[name], referenced, 4)
+        assert (images["folder"], images["referenced"], images["found"]) == (IMAGES[name], 4, 4)
     readable = lcia("bench", "prepare", "coin", "--data", whole)[1]
     assert "8 of 8 tasks ready" in readable
     assert "images COCO2014/train2014: 4 of 4 there" in readable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lcia import run
 from lcia.adapters import AdapterPool, find_projector, language_targets
 from lcia.adapters.projector import PROJECTOR_FILE
+from lcia.answering import answer_requests
 from lcia.backbone import Backbone, answer_logits, load_backbone, prefix
 from lcia.backbone.loading import weights_sha256
 from lcia.errors import UserError
@@ -26,6 +28,7 @@ from lcia.evaluation import Decoding, generate_answers
 from lcia.export import export_run
 from lcia.methods import METHODS
 from lcia.progress import Reporter
+from lcia.report import load_run, write_report
 from lcia.run import resume, train
 from lcia.session import make_pool, open_run
 from lcia.stream import Row, load_stream
@@ -355,6 +358,41 @@ def test_predictions_name_their_images(see_config: Callable[..., Any]) -> None:
     measure(config)
     line = (Path(config.output_dir) / "predictions" / "1" / "colours.jsonl").read_text().splitlines()[0]
     assert Path(json.loads(line)["images"][0]).is_file()
+
+
+def test_the_report_shows_the_images(see_config: Callable[..., Any], tmp_path: Path) -> None:
+    stream = square_stream(tmp_path / "squares")
+    config = see_config(stream=str(stream), tasks=["colours"], method="lora")
+    measure(config)
+    write_report([load_run(config.output_dir)], tmp_path / "first.html")
+    page = (tmp_path / "first.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 3
+    assert "<image>" in html.unescape(page)
+    for path in (stream / "images" / "colours").iterdir():
+        path.unlink()
+    write_report([load_run(config.output_dir)], tmp_path / "second.html")
+    page = (tmp_path / "second.html").read_text()
+    assert "<img" not in page
+    assert page.count("not there any more") == 3
+
+
+def test_a_request_with_an_image_is_answered(see_config: Callable[..., Any], squares: Path, tmp_path: Path) -> None:
+    config = see_config(method="lcia", tasks=["colours", "tints"])
+    measure(config)
+    image = squares / "images" / "colours" / "0.png"
+    asked = [("which is it", "Name the colour")]
+    answer = answer_requests(Path(config.output_dir), asked, images=[image])[0]
+    assert answer.group == "colours"
+    assert answer.similarity == pytest.approx(1.0)
+    with pytest.raises(UserError, match=r"nothing\.png: no such file"):
+        answer_requests(Path(config.output_dir), asked, images=[tmp_path / "nothing.png"])
+
+
+def test_a_run_of_a_model_of_text_takes_no_image(tiny_config: Callable[..., Any], squares: Path) -> None:
+    config = tiny_config(tasks=["colours"], method="lora")
+    measure(config)
+    with pytest.raises(UserError, match=r"--image: .* reads text only"):
+        answer_requests(Path(config.output_dir), [("x", "y")], images=[squares / "images" / "colours" / "0.png"])
 
 
 # --- images that cannot be used

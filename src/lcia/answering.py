@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
+from lcia.backbone.images import open_image
 from lcia.config import load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
@@ -49,13 +50,28 @@ def user_text(request: str, instruction: str | None) -> tuple[str, str]:
 
 
 def answer_requests(
-    folder: Path, requests: Sequence[tuple[str, str | None]], max_new_tokens: int | None = None
+    folder: Path,
+    requests: Sequence[tuple[str, str | None]],
+    max_new_tokens: int | None = None,
+    images: Sequence[Path] = (),
 ) -> list[Answer]:
-    """Route each (request, instruction) by its instruction and answer it greedily."""
+    """Route each (request, instruction) by its instruction and answer it greedily.
+
+    Args:
+        images: shown before the text of every request.
+
+    Raises:
+        UserError: a request is empty or too long, an image cannot be used, or the run's model reads text only.
+    """
     texts = [user_text(request, instruction) for request, instruction in requests]
+    for path in images:
+        open_image(path)  # a wrong name must not wait for the model
     session = open_run(folder)
     reader = session.backbone.reader
-    rows = [Row("", instruction, (("user", text),), ()) for text, instruction in texts]
+    if images and not reader.sees:
+        raise UserError(f"--image: model {session.config.model!r} of {folder} reads text only")
+    shown = tuple(str(path.absolute()) for path in images)
+    rows = [Row("", instruction, (("user", text),), (), shown, "the request") for text, instruction in texts]
     matches = session.method.route(rows)
     limit = max_new_tokens or session.config.max_new_tokens
     decoding = Decoding(limit, session.config.per_device_eval_batch_size, session.config.max_length)

@@ -287,6 +287,9 @@ def generate(
     instruction: Annotated[
         str | None, typer.Option(help="What to do with the request; without it, the request's last line.")
     ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Show this image before the request; several: repeat it.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -294,7 +297,7 @@ def generate(
     from lcia.answering import answer_requests
 
     text = sys.stdin.read().strip() if request == "-" else request
-    answer = answer_requests(run, [(text, instruction)], max_new_tokens)[0]
+    answer = answer_requests(run, [(text, instruction)], max_new_tokens, image or ())[0]
     _emit(as_json, answer.as_dict(), answer)
 
 
@@ -409,7 +412,7 @@ def backbone_build(
         raise UserError(f"backbone build: unknown model {name!r}. Valid: {lite_llava.NAME}.")
     settings = lite_llava.Settings(steps=steps, captions_only=captions_only)
     with Reporter() as reporter:
-        built = lite_llava.build(find_model(lite_llava.LANGUAGE_MODEL), data, output, settings, reporter)
+        built = lite_llava.build_model(find_model(lite_llava.LANGUAGE_MODEL), data, output, settings, reporter)
     _emit(as_json, built.as_dict(), str(built))
 
 

@@ -86,6 +86,13 @@ class RunConfig(BaseModel):
     logging_steps: int = Field(5, ge=1)
     save_steps: int = Field(100, ge=1)  # a checkpoint inside a task, so that a killed task goes on behind it
 
+    # tasks learned all at once before the stream begins, and merged into the base: as `stream`, or {name, path, tasks}
+    init_stream: str | dict[str, Any] | list[dict[str, Any]] | None = None
+    init_max_train_examples: int | None = Field(None, ge=1)  # here and below: null = the run's own
+    init_num_train_epochs: float | None = Field(None, gt=0)
+    init_max_steps: int | None = Field(None, ge=1)  # per task, as max_steps
+    init_learning_rate: float | None = Field(None, gt=0)
+
     def method_parts(self) -> list[tuple[str, dict[str, Any]]]:
         """The method as (name, options) pairs; a list in the configuration composes several."""
         specs = self.method if isinstance(self.method, list) else [self.method]
@@ -98,6 +105,16 @@ class RunConfig(BaseModel):
             parts.append((name, options))
         return parts
 
+    def init_source(self) -> tuple[Any, list[str] | None]:
+        """`init_stream` as a value for `stream`, and the tasks of it to take; None takes all."""
+        if not isinstance(self.init_stream, dict):
+            return self.init_stream, None
+        source = dict(self.init_stream)
+        tasks = source.pop("tasks", None)
+        if set(source) == {"path"}:  # a folder, of which only some tasks are taken
+            source = source["path"]
+        return source, tasks
+
     def training_arguments(self) -> dict[str, Any]:
         """The keys that go to transformers.TrainingArguments as they are."""
         known = _training_argument_names()
@@ -109,13 +126,14 @@ class RunConfig(BaseModel):
         def absolute(name: Any) -> Any:
             return str(Path(name).absolute()) if isinstance(name, str) and Path(name).exists() else name
 
-        stream = self.stream
-        paths = ("path", "image_folder")
-        if isinstance(stream, dict):
-            stream = {k: absolute(v) if k in paths else v for k, v in stream.items()}
-        elif isinstance(stream, list):
-            stream = [{k: absolute(v) if k in paths else v for k, v in task.items()} for task in stream]
-        return self.model_copy(update={"stream": absolute(stream), "model": absolute(self.model)})
+        def absolute_stream(stream: Any) -> Any:
+            paths = ("path", "image_folder")
+            if isinstance(stream, dict):
+                return {k: absolute(v) if k in paths else v for k, v in stream.items()}
+            return [absolute_stream(task) for task in stream] if isinstance(stream, list) else absolute(stream)
+
+        changes = {"stream": absolute_stream(self.stream), "init_stream": absolute_stream(self.init_stream)}
+        return self.model_copy(update={**changes, "model": absolute(self.model)})
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -151,6 +169,12 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else "?"
         raise UserError(f"{where}: key {key!r}: {first['msg']}") from None
+    for key in ("init_max_train_examples", "init_num_train_epochs", "init_max_steps", "init_learning_rate"):
+        if getattr(config, key) is not None and config.init_stream is None:
+            raise UserError(f"{where}: key {key!r} goes with init_stream, which is not set")
+    _, init_tasks = config.init_source()
+    if not (init_tasks is None or (isinstance(init_tasks, list) and all(isinstance(task, str) for task in init_tasks))):
+        raise UserError(f"{where}: key 'init_stream': 'tasks' must be a list of names, not {init_tasks!r}")
     from lcia.methods import build_method  # late: the configuration must not wait for torch when it is wrong
 
     build_method(config.method_parts(), where=where)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lcia.adapters import Pool
-from lcia.backbone import Encoded, Reader, layout_of
+from lcia.backbone import Encoded, Reader, layout_of, told
 from lcia.files import write_text
 from lcia.grouping import Match
 from lcia.stream import SCORERS, Row, Task
@@ -58,7 +58,8 @@ def generate_answers(
                 batch = reader.collate([prompts[i] for i in chosen])
                 batch = {name: values.to(model.device) for name, values in batch.items()}
                 options = {} if single else pool.mixed([groups[i] for i in chosen])
-                output = layout.generate(model, batch, decoding.max_new_tokens, **options)  # (B, new)
+                with told(model, batch):
+                    output = layout.generate(model, batch, decoding.max_new_tokens, **options)  # (B, new)
                 texts = reader.tokenizer.batch_decode(output, skip_special_tokens=True)
                 for i, text in zip(chosen, texts, strict=True):
                     answers[i] = text.strip()
@@ -151,7 +152,7 @@ def evaluate_task(
         records.append(
             {
                 "id": row.id,
-                "prompt": reader.tokenizer.decode(prompt.prompt),
+                "prompt": prompt.text or reader.tokenizer.decode(prompt.prompt),
                 **({"images": list(prompt.images)} if prompt.images else {}),
                 "prediction": prediction,
                 "reference": list(row.outputs),

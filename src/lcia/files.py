@@ -46,6 +46,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def move_durably(partial: Path, final: Path) -> dict[str, str]:
+    """Let the whole folder `partial`, beside it, become `final`, which does not exist. Returns {file in it: sha256}."""
+    files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    hashes = {str(path.relative_to(partial)): file_sha256(path) for path in files}
+    os.replace(partial, final)
+    sync_folder(final.parent)
+    return hashes
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

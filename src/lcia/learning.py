@@ -105,9 +105,11 @@ def model_card(session: Session, group: str) -> str:
     beneath = next((placement.beneath for placement in session.placements.values() if placement.adapter == group), ())
     stack = f"- learned on top of, and summed with: {', '.join(beneath)}\n" if beneath else ""
     method = yaml.safe_dump(session.config.method, default_flow_style=True).partition("\n")[0]
+    base, own = session.config.model, session.backbone.name
+    initialised = "" if own == base else f", after the run's Init stage: {own}"
     return (
-        f"---\nbase_model: {session.config.model}\nlibrary_name: {session.pool.library}\n---\n\n# {group}\n\n"
+        f"---\nbase_model: {base}\nlibrary_name: {session.pool.library}\n---\n\n# {group}\n\n"
         f"{session.pool.kind} of one instruction group, trained by lcia {version('lcia')}.\n\n"
-        f"- base model: {session.config.model}\n- tasks learned, in order: {', '.join(tasks)}\n- method: {method}\n"
+        f"- base model: {base}{initialised}\n- tasks learned, in order: {', '.join(tasks)}\n- method: {method}\n"
         f"- seed: {session.config.seed}\n{stack}"
     )

@@ -14,7 +14,7 @@ from lcia.progress import Reporter
 from lcia.results import method_name
 from lcia.run import finish, is_finished
 from lcia.run_folder import RunFolder
-from lcia.session import current_stream, frozen_config, open_session
+from lcia.session import base_model, current_stream, frozen_config, open_session
 
 ACTIONS = ("rename", "merge", "split")
 
@@ -46,7 +46,7 @@ def regroup(
         stream = current_stream(folder, config)
         if not is_finished(folder, stream):
             raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
-        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         session = open_session(folder, config, stream, backbone)
         codebook, pool = session.method.codebook, session.pool
         if codebook is None:

@@ -18,6 +18,8 @@ from lcia.stream import Stream
 
 _LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "scikit-learn", "rouge-score", "safetensors")
 
+_INIT = ("tasks", "train_s", "left_out", "rounding", "trained_parameters", "peak_memory_mib")
+
 
 def assemble_results(
     began: Mapping[str, Any],
@@ -27,6 +29,7 @@ def assemble_results(
     stages: Sequence[Mapping[str, Any]],
     rows: Mapping[int, Mapping[str, Any]],
     sequential: bool,
+    init: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document.
 
@@ -35,6 +38,7 @@ def assemble_results(
         stages: the ledger's `stage_learned` lines.
         rows: matrix row → the ledger's `row_measured` line.
         sequential: the tasks were learned one after another; else only Avg.ACC is defined.
+        init: the ledger's `init_learned` line, of a run with an Init stage.
     """
     names = [task.name for task in stream]
     matrix = [[rows[j]["scores"].get(name) if j in rows else None for name in names] for j in range(len(names) + 1)]
@@ -63,6 +67,7 @@ def assemble_results(
             "fallback_fraction": sum(shares) / len(shares) if shares else None,
             "retained_mass": {stage: ema["retained_mass"] for stage, ema in averaged.items()},
         },
+        **({} if init is None else {"init": {key: value for key, value in init.items() if key in _INIT}}),
         "left_out": {record["stage"]: record["left_out"] for record in stages if record["left_out"]},
         "too_long": final["too_long"],
         "cost": {

@@ -13,15 +13,18 @@ from lcia.config import RunConfig, load_config
 from lcia.errors import GateError, UserError
 from lcia.evaluation import AnswerCache
 from lcia.files import write_json, write_text
+from lcia.init_stage import check_init, init_stream, initialise
 from lcia.learning import learn_stage
 from lcia.measuring import measure_row
 from lcia.metrics import accuracy_metrics, forgetting_by_task
 from lcia.progress import Reporter
-from lcia.results import assemble_results, library_versions, machine, method_name
+from lcia.results import assemble_results, library_versions, method_name
 from lcia.run_folder import RunFolder
 from lcia.session import (
     Session,
     additional_stream,
+    base_model,
+    begin,
     check_images,
     check_lengths,
     check_target_modules,
@@ -45,28 +48,20 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     config = config.with_absolute_paths()
     stream = load_run_stream(config)
     check_images(stream, config.model, reporter)
+    init = init_stream(config, reporter)
     folder = RunFolder(config.output_dir).require_free()
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
     check_lengths(stream.tasks, backbone.reader, backbone.layout, config)
     check_target_modules(backbone, config.lora_target_modules)
     make_pool(config, backbone)  # refuses now what would not fit once the run has begun
+    if init is not None:
+        check_init(init, config, backbone)
     with folder.lock():
         folder.require_free()  # another process may have begun here while the model was loading
         write_text(folder.config, config.as_yaml())
-        _begin(folder, config, stream, backbone.fingerprint)
+        begin(folder, config, stream, backbone.fingerprint)
+        backbone = initialise(folder, config, backbone, reporter)
         return finish(open_session(folder, config, stream, backbone), reporter)
-
-
-def _begin(folder: RunFolder, config: RunConfig, stream: Stream, base_sha256: str) -> None:
-    """The ledger's first line: on what, and with what, everything that follows was made."""
-    folder.confirm(
-        "run_began",
-        config=config.model_dump(),
-        versions=library_versions(),
-        machine=machine(),
-        base_sha256=base_sha256,
-        data_sha256={task.name: rows_sha256(task) for task in stream},
-    )
 
 
 def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
@@ -75,10 +70,11 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
     with folder.lock():
         config = frozen_config(folder)
         stream = current_stream(folder, config)
-        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         if not folder.records("run_began"):  # interrupted before its first line
             folder.cut_unconfirmed()
-            _begin(folder, config, stream, backbone.fingerprint)
+            begin(folder, config, stream, backbone.fingerprint)
+        backbone = initialise(folder, config, backbone, reporter)
         return finish(open_session(folder, config, stream, backbone), reporter)
 
 
@@ -115,7 +111,7 @@ def extend(
         if taken:
             raise UserError(f"{path}: task {min(taken)!r} was learned already; a new task needs a name of its own")
         check_images(added, config.model, reporter)
-        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         check_lengths(added.tasks, backbone.reader, backbone.layout, config)
         session = open_session(folder, config, stream, backbone)
         if stream.tasks and len(session.method.schedule(stream.tasks)) == 1 < len(stream):
@@ -150,7 +146,7 @@ def rollback(path: Path, to: str, reporter: Reporter) -> dict[str, Any]:
         clear_checkpoints(folder.state)
         folder.cut_unconfirmed()
         folder.confirm("rolled_back", to=to)
-        backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+        backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         return finish(open_session(folder, config, current_stream(folder, config), backbone), reporter)
 
 
@@ -197,7 +193,7 @@ def measure_again(
             raise UserError(f"task {task.name!r}: its {split} split is empty")
     check_images(Stream("asked", tuple(asked)), config.model, reporter)
     session = open_session(
-        folder, config, stream, load_backbone(config.model, config.dtype, config.attn_implementation)
+        folder, config, stream, load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
     )
     asked = list(session.fitted(Stream("asked", tuple(asked))))
     plan = _stages(session)
@@ -323,6 +319,7 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
         folder.records("stage_learned"),
         rows,
         _is_sequential(session),
+        next(iter(folder.records("init_learned")), None),
     )
     write_json(folder.path / "results.json", results)
     return results

@@ -6,6 +6,7 @@
       history/STAGE/     everything after a stage: GROUP/ adapters (hard links where nothing changed),
                          codebook.json (methods with groups), method.safetensors, method.json
       state/             checkpoints of the task in progress
+      init/              of a run with an Init stage: how it was learned, and init/model, the base it left
       pool/GROUP/        the adapters of the last stage
       codebook.json      the codebook of the last stage
       predictions/ROW/TASK.jsonl
@@ -34,7 +35,7 @@ from safetensors.torch import save_file
 
 from lcia.adapters import Pool
 from lcia.errors import UserError
-from lcia.files import append_json_line, file_sha256, sync_folder, write_json, write_text
+from lcia.files import append_json_line, file_sha256, move_durably, write_json, write_text
 from lcia.methods import Combined
 
 
@@ -50,6 +51,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.training_log = self.path / "training_log.jsonl"
         self.state = self.path / "state"
+        self.init = self.path / "init"
         self._ledger = self.path / "ledger.jsonl"
         self._history = self.path / "history"
 
@@ -157,6 +159,20 @@ class RunFolder:
         append_json_line(self._ledger, record)
         return record
 
+    def base_sha256(self) -> str | None:
+        """The weights that the run's adapters belong to; None before the ledger's first line."""
+        known = self.records("run_began", "init_learned")
+        return str(known[-1]["base_sha256"]) if known else None
+
+    def init_model(self) -> Path | None:
+        """The model that the Init stage left; None where there is no such stage, or it is not finished.
+
+        Raises:
+            UserError: one of its files is missing or was altered.
+        """
+        learned = self.records("init_learned")
+        return _check_files(self.init / "model", learned[0]["files"]) if learned else None
+
     def cut_unconfirmed(self) -> None:
         """Remove a last line without its newline, or the next line would be glued to it."""
         text = self._ledger.read_text(encoding="utf-8", errors="replace") if self._ledger.is_file() else ""
@@ -224,14 +240,7 @@ class RunFolder:
                 pool.save(name, partial / name)
                 write_text(partial / name / "README.md", model_card(name))
         _save_method(method, partial)
-        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-        for path in files:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        hashes = {str(path.relative_to(partial)): file_sha256(path) for path in files}
-        os.replace(partial, final)
-        sync_folder(self._history)
-        return hashes
+        return move_durably(partial, final)
 
     def publish(self, stage: str) -> None:
         """Let pool/ and codebook.json show a stage. Both can be made again from history/ at any time."""
@@ -259,14 +268,18 @@ class RunFolder:
         Raises:
             UserError: a file is missing or was altered.
         """
-        folder = self._history / record["stage"]
-        for name, digest in record["files"].items():
-            path = folder / name
-            if not path.is_file():
-                raise UserError(f"{path}: missing; restore it from a copy or start a new run")
-            if file_sha256(path) != digest:
-                raise UserError(f"{path}: its content is not what the ledger recorded; restore it from a copy")
-        return folder
+        return _check_files(self._history / record["stage"], record["files"])
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> Path:
+    """The folder. Raises UserError where a file is missing or has not its hash of `files`."""
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; restore it from a copy or start a new run")
+        if file_sha256(path) != digest:
+            raise UserError(f"{path}: its content is not what the ledger recorded; restore it from a copy")
+    return folder
 
 
 def _link_or_copy(source: str, target: str) -> None:

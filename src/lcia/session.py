@@ -89,10 +89,9 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
     Raises:
         UserError: the model's weights are not those the run began with, or a snapshot's file was altered.
     """
-    began = folder.records("run_began")
-    if began and began[0]["base_sha256"] != backbone.fingerprint:
+    if folder.base_sha256() not in (None, backbone.fingerprint):
         raise UserError(
-            f"{folder.path}: the weights of model {config.model} are not those the run began with; its adapters "
+            f"{folder.path}: the weights of model {backbone.name} are not those the run began with; its adapters "
             "belong to the old ones"
         )
     session = Session(
@@ -105,6 +104,18 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
         for task, placement in record["placements"].items():
             session.placements[task] = Placement(**placement)
     return session
+
+
+def begin(folder: RunFolder, config: RunConfig, stream: Stream, base_sha256: str) -> None:
+    """The ledger's first line: on what, and with what, everything that follows was made."""
+    folder.confirm(
+        "run_began",
+        config=config.model_dump(),
+        versions=library_versions(),
+        machine=machine(),
+        base_sha256=base_sha256,
+        data_sha256={task.name: rows_sha256(task) for task in stream},
+    )
 
 
 def make_pool(config: RunConfig, backbone: Backbone) -> Pool:
@@ -130,8 +141,14 @@ def open_run(path: Path) -> Session:
     """A run's model, pool and method as its last snapshot left them, for answering requests: no data is read."""
     folder = RunFolder(path).require_run()
     config = frozen_config(folder)
-    backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+    backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
     return open_session(folder, config, Stream("none", ()), backbone)
+
+
+def base_model(folder: RunFolder, config: RunConfig) -> str:
+    """The model that the run's adapters belong to: the configuration's, or what the Init stage made of it."""
+    made = folder.init_model()
+    return config.model if made is None else str(made.absolute())
 
 
 def frozen_config(folder: RunFolder) -> RunConfig:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lcia.backbone import find_model, fit_demonstrations, load_layout, load_reader
 from lcia.config import RunConfig
 from lcia.grouping import Codebook
+from lcia.init_stage import init_stream
 from lcia.methods import build_method
 from lcia.progress import Reporter
 from lcia.session import check_images, check_lengths, load_run_stream
@@ -21,11 +23,16 @@ def validate_config(config: RunConfig, reporter: Reporter) -> StreamSummary:
     """
     stream = load_run_stream(config)
     check_images(stream, config.model, reporter)
+    init = init_stream(config, reporter)
     codebook = build_method(config.method_parts()).codebook
     where = find_model(config.model)
     layout = load_layout(where, config.model)
     reader = load_reader(where, config.model, layout)
-    check_lengths(stream.tasks, reader, layout, config)
+    check_lengths((*(init or ()), *stream), reader, layout, config)
+    if init is not None:
+        rows = sum(len(task.train) for task in init)
+        told = f"Init: {len(init)} tasks, learned at once before the stream: {rows} training rows"
+        stream = replace(stream, notes=(*stream.notes, *(f"Init: {note}" for note in init.notes), told))
     stream = fit_demonstrations(stream, reader, layout, config)
     return describe(
         stream,

@@ -47,6 +47,8 @@ class ModulePool(Pool):
         base_name: how the user calls the model.
         seed: of the random start of a new adapter.
         projector: path of a module in `base` that every adapter has a copy of its own of.
+
+    Without targets, an adapter is its copy of the projector and nothing else.
     """
 
     library = "lcia"
@@ -62,6 +64,7 @@ class ModulePool(Pool):
         seed: int = 0,
         projector: str | None = None,
     ) -> None:
+        self.projector = projector
         self._projectors = None if projector is None else Projectors(base, projector)
         self._base = base
         self._targets = dict(targets)
@@ -108,15 +111,19 @@ class ModulePool(Pool):
         def change(target: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             if self._active is None:
                 return None  # the output stays as it is
-            adapter = _adapter(target, self._active)
             if isinstance(output, tuple):  # attention gives its weights as well
-                return (adapter(output[0], *inputs), *output[1:])
-            return adapter(output, *inputs)
+                return (self._changed(target, inputs, output[0]), *output[1:])
+            return self._changed(target, inputs, output)
 
         for target in self._targets.values():
             target.add_module(CHILD, torch.nn.ModuleDict())
             target.register_forward_hook(change)
         self._attached = True
+
+    def _changed(self, target: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """What the active adapter makes of the output of `target`."""
+        assert self._active is not None
+        return small_module(target, self._active)(output, *inputs)
 
     def remove(self, name: str) -> None:
         self._require(name)
@@ -134,7 +141,7 @@ class ModulePool(Pool):
         return projector | {
             f"{path}.{CHILD}.{key_of(name)}.{key}": parameter
             for path, target in self._targets.items()
-            for key, parameter in _adapter(target, name).named_parameters()
+            for key, parameter in small_module(target, name).named_parameters()
         }
 
     def projector_parameters(self, name: str) -> set[str]:
@@ -221,5 +228,6 @@ class ModulePool(Pool):
             raise ValueError(f"no adapter {name!r}; the pool has {self._names}")
 
 
-def _adapter(target: torch.nn.Module, name: str) -> torch.nn.Module:
+def small_module(target: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The adapter's module below `target`."""
     return target.get_submodule(f"{CHILD}.{key_of(name)}")

@@ -114,3 +114,29 @@ def _writers(parent: torch.nn.Module, width: int) -> Iterator[torch.nn.Module]:
             isinstance(child, _LINEAR) and features(child)[1] != width
         ):
             yield child
+
+
+def attention_outputs(model: PreTrainedModel, name: str) -> dict[str, torch.nn.Module]:
+    """{path: linear layer}: the output projection of every attention in the language model, cross-attention included.
+
+    An attention is a module that is called so (`self_attn`, `attention`, `EncDecAttention`) and holds linear layers;
+    the last of them that is as wide as the model writes its result.
+
+    Args:
+        name: how the user calls the model.
+
+    Raises:
+        UserError: none is found.
+    """
+    width = model.config.get_text_config().hidden_size
+    stacks = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model.get_decoder()]
+    paths = {module: path for path, module in model.named_modules()}
+    found: dict[str, torch.nn.Module] = {}
+    for stack in stacks:
+        for path, module in stack.named_modules():
+            if "att" in path.rsplit(".", 1)[-1].lower():
+                wide = [part for part in module.children() if isinstance(part, _LINEAR) and features(part)[1] == width]
+                found |= {paths[layer]: layer for layer in wide[-1:]}
+    if not found:
+        raise UserError(f"model {name}: no attention with an output projection is found in it")
+    return found

@@ -7,6 +7,7 @@ from lcia.backbone.layout import Layout, layout_of
 from lcia.backbone.loading import BUILT_IN, Backbone, find_model, load_backbone, load_layout, load_reader, resolve_paths
 from lcia.backbone.loss import answer_logits, answer_loss
 from lcia.backbone.reader import Reader
+from lcia.backbone.rowwise import RowWise, told
 
 __all__ = [
     "BUILT_IN",
@@ -14,6 +15,7 @@ __all__ = [
     "Encoded",
     "Layout",
     "Reader",
+    "RowWise",
     "answer_logits",
     "answer_loss",
     "cache_dir",
@@ -26,4 +28,5 @@ __all__ = [
     "load_layout",
     "load_reader",
     "resolve_paths",
+    "told",
 ]

@@ -32,6 +32,7 @@ class Encoded:
     answer: tuple[int, ...]  # ends with the token that ends a turn
     text: str = ""  # of the prompt, where it shows images: they are read again for every batch
     images: tuple[str, ...] = ()  # absolute paths
+    instruction: str = ""  # what the request is routed by
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -83,7 +84,7 @@ def _tokenizer(chat: Chat) -> PreTrainedTokenizerBase:
 
 def encode_row(chat: Chat, row: Row) -> Encoded:
     """Prompt and answer of a row without images, tokenised apart: generation starts from the very tokens trained on."""
-    return Encoded(encode_prompt(chat, row), encode_answer(chat, row))
+    return Encoded(encode_prompt(chat, row), encode_answer(chat, row), instruction=row.instruction)
 
 
 def encode_prompt(chat: Chat, row: Row) -> tuple[int, ...]:

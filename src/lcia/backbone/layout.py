@@ -28,7 +28,7 @@ from lcia.backbone import prefix
 from lcia.backbone.chat import IGNORED, Encoded
 
 Batch = Mapping[str, torch.Tensor]
-_TEXT = {"input_ids", "attention_mask", "position_ids", "labels"}  # what a batch holds without images
+_TEXT = {"input_ids", "attention_mask", "position_ids", "labels", "query"}  # what a batch holds without images
 
 
 class Limits(Protocol):

@@ -9,11 +9,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch.nn.functional import cross_entropy
 
 from lcia.backbone.layout import layout_of
+from lcia.backbone.rowwise import told
 
 
 def answer_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, V) logits in fp32 and (N,) targets of the N answer tokens of a batch from `collate`, row after row."""
-    return layout_of(extract_model_from_parallel(model).config).answer_logits(model, batch)
+    with told(model, batch):
+        return layout_of(extract_model_from_parallel(model).config).answer_logits(model, batch)
 
 
 def answer_loss(

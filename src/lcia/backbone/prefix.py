@@ -31,6 +31,8 @@ def of_batch(
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     rows, length = ids.shape
+    if "query" in batch:
+        return None  # each row may have weights of its own
     if rows == 1 or (distributed.is_initialized() and distributed.get_world_size() > 1) or _is_random(model):
         return None  # several processes hook into one forward pass per step
     lengths = mask.sum(dim=1)

@@ -1,17 +1,19 @@
 """Rows to batches of one model: `Reader` for a model of text, `ImageReader` for one that sees as well.
 
-Shapes: B rows, L padded tokens, A padded answer tokens + 1.
+Shapes: B rows, L padded tokens, A padded answer tokens + 1, D width of a query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from lcia.backbone.chat import Chat, Encoded, collate, encode_answer, encode_prompt, pad_left, render_prompt
@@ -25,6 +27,8 @@ class Reader:
     """What transformers calls a processor, for rows: token ids of one, tensors of several."""
 
     sees = False  # whether rows may have images
+    # A method whose weights differ from row to row sets it: instruction → (D,), by which it tells rows apart.
+    query: Callable[[str], NDArray[np.float32]] | None = None
 
     def __init__(self, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
         self.chat = chat
@@ -41,15 +45,20 @@ class Reader:
 
     def encode_prompt(self, row: Row) -> Encoded:
         """The prompt alone, to be answered."""
-        return Encoded(encode_prompt(self.chat, row), ())
+        return Encoded(encode_prompt(self.chat, row), (), instruction=row.instruction)
 
     def collate(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """A batch: input_ids, attention_mask, position_ids (B, L); labels (B, A); see lcia.backbone.chat."""
-        return collate(rows, self.pad_id)
+        """A batch: input_ids, attention_mask, position_ids (B, L); labels (B, A); see lcia.backbone.chat. Where
+        somebody asks for it, also query (B, D).
+        """
+        batch = collate(rows, self.pad_id)
+        if self.query is not None:
+            batch["query"] = torch.from_numpy(np.stack([self.query(row.instruction) for row in rows]))
+        return batch
 
     def content(self, row: Encoded) -> list[Any]:
         """JSON values that stand for what the model is shown."""
-        return list(row.prompt)
+        return [*row.prompt, *([] if self.query is None else [row.instruction])]
 
 
 class ImageReader(Reader):
@@ -78,7 +87,7 @@ class ImageReader(Reader):
             except UserError as error:
                 raise UserError(f"{row.source}: {error}") from None
             self._prompts[text, row.images] = tuple(shown["input_ids"][0].tolist())
-        return Encoded(self._prompts[text, row.images], (), text, row.images)
+        return Encoded(self._prompts[text, row.images], (), text, row.images, row.instruction)
 
     @cached_property
     def image_token(self) -> str:
@@ -112,7 +121,7 @@ class ImageReader(Reader):
         for path in row.images:
             if path not in self._hashes:
                 self._hashes[path] = file_sha256(Path(path))
-        return [*row.prompt, *(self._hashes[path] for path in row.images)]
+        return [*super().content(row), *(self._hashes[path] for path in row.images)]
 
     def _process(self, texts: list[str], images: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
         special = self.chat.chat_template is None

@@ -29,7 +29,13 @@ def adapter_card(source: Source, group: str, base: str) -> str:
         'model = PeftModel.from_pretrained(base, "this folder")'
     )
     note = ""
-    if source.base_is_local:
+    if source.is_initialised:
+        note = (
+            f"The base model is {source.config.model} after the run's Init stage. It lies in the run, and the code "
+            "names its folder: take it along, or let `lcia export RUN OUT --as merged` make a model that needs no base."
+            "\n\n"
+        )
+    elif source.base_is_local:
         note = (
             "The base model has no id on the hub: the code names the folder it was loaded from. Elsewhere "
             f"`lcia.backbone.find_model({Path(source.config.model).name!r})` gives the folder of a built-in name or a "
@@ -67,9 +73,10 @@ def _card(source: Source, group: str, library: str, what: str, use: str, note: s
 def _facts(source: Source) -> str:
     learned = sum(len(tasks) for tasks in source.groups.values())
     method = yaml.safe_dump(source.config.method, default_flow_style=True).partition("\n")[0]
+    base = f"{source.config.model}{' after the Init stage' if source.is_initialised else ''}, in {source.dtype}"
     state = f"- **the run is not finished**: {learned} of {len(source.planned)} tasks are learned\n"
     return (
-        f"- base model: {source.config.model}, in {source.dtype}, sha256 of its weights {source.base_sha256[:16]}…\n"
+        f"- base model: {base}, sha256 of its weights {source.base_sha256[:16]}…\n"
         f"- method: {method}, seed {source.config.seed}\n{'' if source.results else state}"
         f"- lcia {version('lcia')}\n- licence: see the base model, and the data it was trained on here\n"
     )

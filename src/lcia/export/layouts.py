@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from rich.text import Text
-from transformers.utils import cached_file
 
 from lcia.adapters import AdapterPool, stack_members
+from lcia.adapters.merging import merge_active, write_model
 from lcia.adapters.pool import WEIGHTS_FILE
 from lcia.adapters.projector import PROJECTOR_FILE
 from lcia.errors import UserError, did_you_mean
 from lcia.export.cards import adapter_card, merged_card, serve_script, serving_guide
-from lcia.export.merging import merge_active
 from lcia.export.source import CONFIG_FILE, Source, open_source
 from lcia.files import write_json, write_text
 from lcia.grouping import save_routes
@@ -151,16 +150,7 @@ def _write_merged(source: Source, group: str, folder: Path, dtype: str | None) -
 def _write_model(session: Session, source: Source, folder: Path, projector: str | None = None) -> None:
     """A model folder: the base as it is in memory, an adapter's projector in it, and its tokenizer or processor."""
     assert isinstance(session.pool, AdapterPool)
-    session.pool.unload(projector).save_pretrained(folder)
-    session.backbone.reader.chat.save_pretrained(folder)
-    # A run sets the model's own defaults of generation aside; whoever loads this folder gets them back.
-    absent_is_fine = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    defaults = cached_file(source.base, "generation_config.json", **absent_is_fine)
-    if defaults is not None:
-        shutil.copyfile(defaults, folder / "generation_config.json")
+    write_model(session.pool, session.backbone.reader, source.base, folder, projector)
 
 
 def _check_servable(source: Source) -> None:

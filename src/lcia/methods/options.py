@@ -28,3 +28,14 @@ def count(name: str, value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{name} must be a whole number from 1, or null for all; got {value!r}")
     return value
+
+
+def whole(name: str, value: Any) -> int:
+    """`value` as a whole number from 1.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return value

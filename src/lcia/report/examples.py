@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from lcia.errors import UserError
 from lcia.report.compare import Arena
 from lcia.report.load import Prediction
 
 EXAMPLES_PER_TASK = 3
+_PICTURE_PIXELS = 240  # of the longer side
 _SHOWN_CHARACTERS = 600  # of a prompt or an answer; the rest stays in predictions/
 
 
@@ -29,11 +34,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image of the prompt, small: the page must show it where the file is not."""
+
+    name: str
+    data: str | None  # a data: URL; None: the file is no longer there, or no longer an image
+
+
+@dataclass(frozen=True)
 class Example:
     """One test row; `answers` in the order of the series."""
 
     id: str
     prompt: str
+    pictures: tuple[Picture, ...]
     reference: tuple[str, ...]
     answers: tuple[Answer, ...]
 
@@ -71,9 +85,23 @@ def _example(row: str, answers: Mapping[str, Mapping[str, Prediction]]) -> Examp
     return Example(
         row,
         _shortened(first.prompt),
+        tuple(map(_picture, first.images)),
         tuple(_shortened(text) for text in first.reference),
         tuple(Answer(label, _shortened(found[row].prediction), found[row].score) for label, found in answers.items()),
     )
+
+
+def _picture(path: str) -> Picture:
+    from lcia.backbone.images import open_image  # late: its package loads torch, which reports of text do without
+
+    try:
+        image = open_image(path)
+    except UserError:
+        return Picture(Path(path).name, None)
+    image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=80)
+    return Picture(Path(path).name, f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}")
 
 
 def _shortened(text: str) -> str:

@@ -99,6 +99,7 @@ class Prediction(_Record):
     reference: Annotated[tuple[str, ...], BeforeValidator(_as_list)]
     score: float
     group: str | None = None
+    images: tuple[str, ...] = ()  # absolute paths
 
 
 class NoScores(Exception):

@@ -85,8 +85,8 @@ def _element(window: _Window, number: int, path: Path) -> Any:
         except RecursionError:
             raise UserError(f"{path}: element {number} is nested too deeply for a row") from None
         else:
-            # a number that ends where the window does may go on
-            if end < len(window.text) or window.ended:
+            # a number may go on behind the window: 0 and 0.5
+            if window.ended or window.text[end : end + 1] in (" ", "\t", "\r", "\n", ",", "]"):
                 window.at = end
                 return value
         window.widen()

@@ -6,7 +6,7 @@ then on `AutoModelForImageTextToText.from_pretrained(folder)` and `AutoProcessor
 
 from transformers import AutoConfig, AutoModel
 
-from lcia.backbone.lite_llava.build import COMMAND, LANGUAGE_MODEL, NAME, Built, Settings, build, folder
+from lcia.backbone.lite_llava.build import COMMAND, LANGUAGE_MODEL, NAME, Built, Settings, build_model, folder
 from lcia.backbone.lite_llava.configuration import EfficientNetLiteConfig, llava_config
 from lcia.backbone.lite_llava.modeling import EfficientNetLiteModel, pretrained_tower
 from lcia.backbone.lite_llava.processing import IMAGE_TOKEN, build_processor
@@ -23,7 +23,7 @@ __all__ = [
     "EfficientNetLiteConfig",
     "EfficientNetLiteModel",
     "Settings",
-    "build",
+    "build_model",
     "build_processor",
     "folder",
     "llava_config",

@@ -11,6 +11,7 @@ V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -106,7 +107,9 @@ def _pointer() -> Path:
     return cache_dir() / "models" / f"{NAME}.json"
 
 
-def build(language_model: str, data: str | None, output: Path | None, settings: Settings, reporter: Reporter) -> Built:
+def build_model(
+    language_model: str, data: str | None, output: Path | None, settings: Settings, reporter: Reporter
+) -> Built:
     """Build and align the model, or find it where the same was built before.
 
     Args:
@@ -135,14 +138,15 @@ def build(language_model: str, data: str | None, output: Path | None, settings: 
             images = len({image for row in rows for image in row.images})
             built = Built(place, len(rows), images, len(held_out), *losses)
             (partial / "README.md").write_text(_card(built, stream, settings), encoding="utf-8")
-            write_json(partial / "complete.json", {**built.as_dict(), "key": key, "settings": asdict(settings)})
+            results = {name: value for name, value in built.as_dict().items() if name != "folder"}
+            write_json(partial / "complete.json", {**results, "key": key, "settings": asdict(settings)})
             os.replace(partial, place)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     if output is None:
         write_json(_pointer(), {"folder": place.name})
     kept = json.loads((place / "complete.json").read_text(encoding="utf-8"))
-    return Built(**{name: kept[name] for name in Built.__annotations__} | {"folder": place})
+    return Built(place, **{name: kept[name] for name in Built.__annotations__ if name != "folder"})
 
 
 def _key(language_model: str, rows: Sequence[Row], held_out: Sequence[Row], settings: Settings) -> str:
@@ -163,6 +167,7 @@ def _key(language_model: str, rows: Sequence[Row], held_out: Sequence[Row], sett
 def assemble(language_model: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model with a projector of random weights, frozen, in the language model's dtype, and its processor."""
     text = AutoModelForCausalLM.from_pretrained(language_model, dtype="auto")
+    text.config._name_or_path = Path(language_model).name  # else the path on this machine would be saved
     return put_together(text, AutoTokenizer.from_pretrained(language_model), pretrained_tower())
 
 
@@ -316,9 +321,10 @@ def align(
     Returns:
         The loss of `held_out` before, after, and afterwards with another image in place of each.
     """
-    drawn = _drawn(rows, settings)
-    features = _features(model, processor, [*drawn, *held_out], reporter)
-    encoded = {row: _encode(processor, row) for row in {*drawn, *held_out}}
+    encoded = {row: _encode(processor, row) for row in (*rows, *held_out)}
+    batches = _batches(rows, [len(encoded[row]) for row in rows], settings)
+    features = _features(model, processor, [*itertools.chain(*batches), *held_out], reporter)
+    model.set_attn_implementation("eager")  # on a CPU the backward pass of fused attention takes longer
     projector = model.model.multi_modal_projector.float().requires_grad_(True)  # in fp32 while it learns
     sample = list(features.values())[:_SCALED_BY]
     match_scale(projector, torch.cat(sample).float(), model.get_input_embeddings().weight.float())
@@ -343,8 +349,7 @@ def align(
     optimizer = torch.optim.AdamW(projector.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     reporter.start("aligning the projector", settings.steps)
-    for step in range(settings.steps):
-        batch = drawn[step * settings.batch_size : (step + 1) * settings.batch_size]
+    for batch in batches:
         loss = loss_of(batch, own)
         loss.backward()
         nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
@@ -358,6 +363,7 @@ def align(
 
 
 _SCALED_BY = 256  # images whose features set the projector's scale
+_SORTED = 16  # batches that are sorted by length among themselves
 
 
 def _rate(step: int, settings: Settings) -> float:
@@ -368,16 +374,22 @@ def _rate(step: int, settings: Settings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, settings.steps - warmup)))
 
 
-def _drawn(rows: Sequence[Row], settings: Settings) -> list[Row]:
-    """The rows of all steps: epochs one after the other, each in an order of its own."""
-    order: list[Row] = []
+def _batches(rows: Sequence[Row], lengths: Sequence[int], settings: Settings) -> list[list[Row]]:
+    """The rows of each step: epochs one after the other, each in an order of its own.
+
+    Rows of about one length come together, since a batch costs as much as its longest row.
+    """
+    size, batches = settings.batch_size, list[list[Row]]()
     epoch = 0
-    while len(order) < settings.steps * settings.batch_size:
-        shuffled = list(rows)
-        random.Random(stable_seed(settings.seed, "epoch", str(epoch))).shuffle(shuffled)
-        order += shuffled
+    while len(batches) < settings.steps:
+        draw = random.Random(stable_seed(settings.seed, "epoch", str(epoch)))
+        order = draw.sample(range(len(rows)), len(rows))
+        for i in range(0, len(order), _SORTED * size):
+            alike = sorted(order[i : i + _SORTED * size], key=lambda row: lengths[row])
+            some = [[rows[row] for row in alike[k : k + size]] for k in range(0, len(alike), size)]
+            batches += draw.sample(some, len(some))
         epoch += 1
-    return order[: settings.steps * settings.batch_size]
+    return batches[: settings.steps]
 
 
 def _features(
