@@ -2,7 +2,7 @@
 
     make study-methods
 
-First the settings, on dev rows and with a seed of their own, on two tasks that share an instruction: three learning
+First the settings, on dev rows and with a seed of their own, on two tasks that share an instruction: four learning
 rates, then two other strengths at the best of them. Then three tasks, two seeds, test rows; the four best methods
 learn them in the other order too. 30 optimizer steps of 8 rows a task, 40 rows a task and split; about two hours on
 2 CPU cores.
@@ -21,7 +21,7 @@ from lcia.report.statistics import holm, sign_flip_test
 STUDY = "methods"
 SEEDS = (0, 1)
 TUNING_SEED = 100
-LEARNING_RATES = (2.5e-4, 5e-4, 1e-3)
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 COMMON: dict[str, Any] = {
     "stream": "assistant",
     "model": "smollm2-135m",

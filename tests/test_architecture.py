@@ -29,7 +29,7 @@ ORDER = [
     {"init_stage"},
     {"run"},
     {"regrouping"},
-    {"validate", "doctor"},
+    {"validate", "doctor", "planning"},
     {"answering", "export"},
     {"report"},
     {"serve"},

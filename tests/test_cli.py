@@ -225,6 +225,21 @@ def test_a_folder_that_is_no_run(refused, tmp_path, verb) -> None:
     assert str(tmp_path) in refused(verb, *arguments)
 
 
+def test_what_is_no_run_is_left_out_and_told_by_name(lcia, tmp_path) -> None:
+    from report_runs import make_run
+
+    run, file = make_run(tmp_path / "run", "lora"), tmp_path / "notes [1].txt"
+    file.write_text("")
+    for verb in ("compare", "report"):
+        code, out, _ = lcia(verb, run, file)
+        assert code == 0
+        assert "notes [1].txt: a file" in " ".join(out.replace("\n", "").split())
+        code, out, _ = lcia(verb, run, file, "--json")
+        assert code == 0
+        assert json.loads(out)["runs_left_out"] == [{"path": str(file), "why": "a file"}]
+    assert lcia("compare", file)[0] == 2
+
+
 def test_bad_usage_exits_with_2(lcia) -> None:
     assert lcia("trian")[0] == 2
     assert lcia("train")[0] == 2
@@ -244,6 +259,7 @@ def test_the_way_from_validate_to_generate(lcia, config, tmp_path) -> None:
         ["resume", run],
         ["report", run],
         ["compare", run, run],
+        ["compare", run, path, tmp_path / "data"],  # as `runs/*` may give it
         ["route", run, "Spell it backwards"],
     ):
         code, out, err = lcia(*arguments, "--json")

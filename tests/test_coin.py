@@ -42,6 +42,7 @@ from lcia.stream.coast import CONFIGURATIONS, read_manifest
 from lcia.stream.coin import TASKS, instruction_in, most_common
 from lcia.stream.json_list import json_elements
 from lcia.stream.task_source import DATA
+from tiny_vision import tiny_llava
 
 SHARED = Path(os.environ.get("LCIA_SHARED", Path(__file__).parents[1] / ".." / "shared"))
 VISION = SHARED / "data/vision_stream"
@@ -204,6 +205,24 @@ def test_images_may_lie_beside_the_instructions(tmp_path: Path) -> None:
         folder.rename(root / folder.name)
     (root / "cl_dataset").rmdir()
     assert load(root, "GQA")[0].train[0].images
+
+
+@pytest.mark.parametrize("linked", ["COCO2014", "COCO2014/train2014"])
+def test_data_sets_may_be_linked_in(whole: Path, tmp_path: Path, linked: str) -> None:
+    """Who has COCO already links it; a link deeper down, which a download could bring, is not followed."""
+    root = build(tmp_path / "coin")
+    elsewhere = tmp_path / "elsewhere"
+    (root / "cl_dataset" / linked).rename(elsewhere)
+    (root / "cl_dataset" / linked).symlink_to(elsewhere)
+    task = load(root, "VQAv2", dev_share=0.25)[0]
+    assert {Path(image).is_relative_to(elsewhere.resolve()) for row in task.train for image in row.images} == {True}
+    usual = load(whole, "VQAv2", dev_share=0.25)[0]
+    assert [row.id for row in task.dev] == [row.id for row in usual.dev]
+    images = root / "cl_dataset/GQA/images"
+    (images / "1.png").rename(tmp_path / "secret.png")
+    (images / "1.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError, match=r"'GQA/images/1\.png' leaves its folder"):
+        load(root, "GQA")
 
 
 def test_answers_come_from_the_annotators_where_rows_have_none(tmp_path: Path) -> None:
@@ -677,6 +696,11 @@ def test_a_manifest_that_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "domain.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"domain\.yaml: not valid YAML"):
         load_stream({"name": "coast", "path": str(tmp_path)})
+    tasks = [{"name": "GQA"}]
+    coins = {"name": "x", "version": 1, "reconstruction": True, "coin": {"scoring": "loose"}, "tasks": tasks}
+    write(tmp_path / "dataset.yaml", coins)
+    with pytest.raises(UserError, match="'scoring' is one of strict, released, not 'loose'"):
+        load_stream({"name": "coast", "path": str(tmp_path), "configuration": "dataset"})
     with pytest.raises(UserError, match="'configuration' is one of domain, capability, dataset"):
         load_stream({"name": "coast", "path": str(tmp_path), "configuration": "domains"})
 
@@ -891,6 +915,18 @@ def test_runs_of_benchmarks(name: str, arguments: dict[str, Any], stream: dict[s
     config = bench_config(name, "lcia", **arguments)
     assert config.stream == {"name": name, **stream}
     assert config.output_dir == f"runs/bench/{name}/{folder}"
+
+
+def test_a_run_of_coin(lcia: Run, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["tasks=[Grounding, ScienceQA]", "max_steps=1", "max_eval_examples=2", "max_new_tokens=2", "lora_r=2"]
+    command = ["bench", "run", "coin", "--order", "reverse", "--option", "instructions=diverse", "--data", whole]
+    model = tiny_llava(tmp_path / "model")
+    code, out, err = lcia(*command, "--method", "lora", "--model", model, *small, "dtype=float32")
+    assert code == 0, err
+    results = json.loads((tmp_path / "runs/bench/coin/lora-reverse-diverse-seed0/results.json").read_text())
+    assert results["scorers"] == {"Grounding": "box_iou", "ScienceQA": "option_letter"}
+    assert "Avg.ACC" in out
 
 
 def test_a_benchmark_of_one_order_takes_none() -> None:

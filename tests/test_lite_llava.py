@@ -37,6 +37,7 @@ from lcia.backbone.lite_llava.build import (
 )
 from lcia.backbone.lite_llava.modeling import FixedBatchNorm2d, SameConv2d
 from lcia.backbone.lite_llava.processing import with_images
+from lcia.backbone.vision_memo import VisionMemo
 from lcia.cli import app
 from lcia.errors import UserError
 from lcia.progress import Reporter
@@ -476,7 +477,12 @@ def test_alignment_lowers_the_loss_of_held_out_images(lively_model: Path, tiny_p
     assert built.loss_after < 0.7 * built.loss_before
     assert built.loss_after < built.loss_other_image  # it looks
     assert lite_llava.folder() == built.folder
-    model = AutoModelForImageTextToText.from_pretrained(built.folder)
+    model = AutoModelForImageTextToText.from_pretrained(built.folder, attn_implementation="eager")
+    model.requires_grad_(False)
+    memo = VisionMemo(model.model.vision_tower).set()  # a run finds the features that alignment computed
+    shown = [Image.open(tiny_parts / f"{i}.png") for i in range(4)]
+    model(**inputs(AutoProcessor.from_pretrained(built.folder), ("any", shown)))
+    assert (memo.found, memo.computed) == (4, 0)
     start, _ = tiny_llava(lively_model)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
     assert moved == {f"model.multi_modal_projector.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")}
@@ -493,13 +499,13 @@ def test_the_same_is_built_once_and_bit_for_bit(
     with Reporter() as reporter:
         first = build_model(str(tiny_model), str(tiny_parts), None, settings, reporter)
         other = build_model(str(tiny_model), str(tiny_parts), tmp_path / "other", settings, reporter)
+        assert lite_llava.folder() == first.folder  # not the one with --output
         for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md"):
             assert (first.folder / name).read_bytes() == (other.folder / name).read_bytes()
         monkeypatch.setattr("lcia.backbone.lite_llava.build.align", None)  # not called again
         assert build_model(str(tiny_model), str(tiny_parts), None, settings, reporter) == first
         with pytest.raises(UserError, match=r"--output .*exists already"):
             build_model(str(tiny_model), str(tiny_parts), tmp_path / "other", settings, reporter)
-    assert lite_llava.folder() == first.folder  # not the one with --output
     assert not list((tmp_path / "cache" / "models").glob(".*"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 from collections.abc import Sequence
@@ -14,9 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
-from lcia.report import Run, comparison_json, comparison_markdown, comparison_table, load_run, matrix_table
+from lcia.errors import UserError
+from lcia.report import (
+    Run,
+    comparison_json,
+    comparison_markdown,
+    comparison_table,
+    comparison_tables,
+    load_run,
+    load_runs,
+    matrix_table,
+    write_report,
+)
 from lcia.report.compare import arrange, differing_settings, estimate, paired_difference
 from lcia.report.summary import summary
 from report_runs import make_matrix, make_run
@@ -36,7 +49,7 @@ def scored(folder: Path, method: str, seed: int = 0, **metrics: float | None) ->
     return made(folder, method, seed, metrics=empty | metrics)
 
 
-def printed(table: Table, width: int = 160) -> str:
+def printed(table: Table | Text, width: int = 160) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -128,6 +141,81 @@ def test_settings_that_differ_between_methods_are_listed(tmp_path: Path) -> None
     runs = [made(tmp_path, "lora"), made(tmp_path, "lcia", config={"learning_rate": 1e-3, "warmup": 2})]
     found = differing_settings(arrange(runs)[0].series)
     assert found == {"learning_rate": ["0.0005", "0.001"], "warmup": ["unset", "2"]}
+
+
+def test_a_key_that_is_null_is_no_other_setting_than_none(tmp_path: Path) -> None:
+    """A run from before a key was there goes on in the series of its seeds; a null inside `method` is a choice."""
+    runs = [made(tmp_path, "lcia", 0), made(tmp_path, "lcia", 1, config={"init_stream": None})]
+    assert labels(runs) == [[("lcia", (0, 1))]]
+    runs.append(made(tmp_path, "lcia", 2, config={"init_stream": "data"}))
+    runs.append(made(tmp_path, "lcia", 3, config={"method": {"name": "lcia", "retained": None}}))
+    assert [seeds for _, seeds in labels(runs)[0]] == [(0, 1), (2,), (3,)]
+
+
+# -- what is no finished run
+
+
+@pytest.fixture
+def folder_of_runs(tmp_path: Path) -> Path:
+    """Two finished runs, a run that was interrupted, a folder of something else, an empty one, and a file."""
+    for seed in (0, 1):
+        make_run(tmp_path / f"a{seed}", "lora", T3, seed)
+    (make_run(tmp_path / "begun", "lora", T3, 2) / "results.json").unlink()
+    make_run(tmp_path / "studies" / "inside", "lora", T3, 3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes [1].txt").write_text("results.json")
+    return tmp_path
+
+
+def test_finished_runs_are_compared_and_the_rest_is_named(folder_of_runs: Path) -> None:
+    runs, left_out = load_runs(sorted(folder_of_runs.glob("*")))
+    assert [run.path.name for run in runs] == ["a0", "a1"]
+    reasons = {one.path.name: one.why for one in left_out}
+    assert list(reasons) == ["begun", "empty", "notes [1].txt", "studies"]
+    assert reasons["begun"] == f"a run that is not finished (`lcia resume {folder_of_runs / 'begun'}` goes on with it)"
+    assert reasons["notes [1].txt"] == "a file"
+    assert (
+        reasons["empty"]
+        == reasons["studies"]
+        == "a folder of something else: neither results.json nor config.yaml in it"
+    )
+
+    document = comparison_json(runs, left_out=left_out)
+    assert document["runs_compared"] == 2
+    assert document["runs_left_out"] == [{"path": str(one.path), "why": one.why} for one in left_out]
+    assert {**document, "runs_left_out": []} == comparison_json(runs)  # it changes no number
+
+    text = " ".join(" ".join(printed(part) for part in comparison_tables(runs, left_out=left_out)).split())
+    page = html.unescape(write_report(runs, folder_of_runs / "page.html", left_out=left_out).read_text())
+    for shown in (text, page):
+        assert "Left out, because it is no finished run: 4 of 6 paths." in shown
+        for one in left_out:
+            assert str(one) in shown
+
+
+def test_nothing_is_said_where_nothing_is_left_out(folder_of_runs: Path) -> None:
+    runs, left_out = load_runs([folder_of_runs / "a0"])
+    assert left_out == []
+    assert "Left out" not in " ".join(printed(part) for part in comparison_tables(runs, left_out=left_out))
+    assert "Left out" not in write_report(runs, folder_of_runs / "page.html", left_out=left_out).read_text()
+
+
+@pytest.mark.parametrize("names", [["begun"], ["empty", "notes [1].txt"]])
+def test_without_a_finished_run_each_path_is_named(folder_of_runs: Path, names: list[str]) -> None:
+    with pytest.raises(UserError, match="no finished run here") as caught:
+        load_runs([folder_of_runs / name for name in names])
+    assert all(str(folder_of_runs / name) in str(caught.value) for name in names)
+
+
+def test_a_path_that_does_not_exist_is_a_mistake_not_left_out(folder_of_runs: Path) -> None:
+    with pytest.raises(UserError, match="a9: no such file or folder"):
+        load_runs([folder_of_runs / "a0", folder_of_runs / "a9"])
+
+
+def test_a_damaged_run_stops_the_comparison(folder_of_runs: Path) -> None:
+    (folder_of_runs / "a1" / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"a1/results\.json: not valid JSON"):
+        load_runs([folder_of_runs / "a0", folder_of_runs / "a1"])
 
 
 # -- tables

@@ -12,11 +12,11 @@ import pytest
 from lcia import learning, measuring
 from lcia.answering import answer_requests, explain_request
 from lcia.errors import UserError
-from lcia.methods import METHODS
 from lcia.progress import Reporter
 from lcia.run import resume, train
 from lcia.run_folder import RunFolder
 from lcia.session import open_run
+from test_methods import ON_TEXT
 
 
 def measure(config: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def hashes(folder: Path) -> Any:
     return [record["sha256"] for record in RunFolder(folder).records("stage_learned")]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", ON_TEXT)
 def test_every_method_gives_a_whole_run(tiny_config, method: str) -> None:
     config = tiny_config(method=method)
     results = measure(config)

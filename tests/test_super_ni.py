@@ -11,7 +11,7 @@ import pytest
 
 from conftest import byte_tokenizer
 from lcia import load_stream
-from lcia.backbone import encode_row, fit_demonstrations
+from lcia.backbone import Reader, encode_row, fit_demonstrations
 from lcia.backbone.layout import DECODER_ONLY, ENCODER_DECODER, Layout
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
@@ -141,7 +141,7 @@ def test_demonstrations_go_from_the_last_on_until_the_prompt_fits(layout: Layout
     rows = tuple(demonstrated("x" * length) for length in range(0, 260, 7))
     limits = Decoding(max_new_tokens=9, batch_size=1, max_length=300)
     stream = Stream("s", (Task("judge", ("Judge the sentence",), rows[:-2], rows[-2:-1], rows[-1:], "exact"),))
-    fitted = fit_demonstrations(stream, tokenizer, layout, limits)
+    fitted = fit_demonstrations(stream, Reader(tokenizer, tokenizer), layout, limits)
     room = 300 - 9 if layout is DECODER_ONLY else 300  # a decoder-only model answers in the same window
     kept = []
     for row, found in zip(rows, (*fitted[0].train, *fitted[0].dev, *fitted[0].test), strict=True):
@@ -168,7 +168,8 @@ def test_demonstrations_go_from_the_last_on_until_the_prompt_fits(layout: Layout
 def test_rows_without_demonstrations_are_left_alone() -> None:
     stream = load_stream("assistant", tasks=["travel_intent"])
     limits = Decoding(max_new_tokens=9, batch_size=1, max_length=10)
-    assert fit_demonstrations(stream, byte_tokenizer(), DECODER_ONLY, limits) == stream
+    tokenizer = byte_tokenizer()
+    assert fit_demonstrations(stream, Reader(tokenizer, tokenizer), DECODER_ONLY, limits) == stream
 
 
 # --- InstrDialog

@@ -113,7 +113,14 @@ def changed_setting(tower: Any) -> None:
     tower.config.batch_norm_eps = 0.5
 
 
-@pytest.mark.parametrize("change", [changed_weight, changed_statistics, changed_dtype, changed_setting])
+def changed_attention(tower: Any) -> None:
+    tower.set_attn_implementation("eager")
+
+
+CHANGES = [changed_weight, changed_statistics, changed_dtype, changed_setting, changed_attention]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_tower_finds_nothing(tmp_path: Path, change: Any) -> None:
     VisionMemo(tower := tiny_tower(), tmp_path).set()
     tower(pixels(0), **AS_LLAVA)

@@ -31,7 +31,7 @@ class Benchmark:
 
 ACCURACY = {"Avg.ACC": "avg_acc", "Forgetting": "forgetting", "New.ACC": "new_acc"}
 # LCIA's settings for LLaVA-1.5 (Appendix J), one batch size for all tasks; its projector was pretrained only, while the
-# hub's LLaVA-1.5 has seen much of CoIN in its own instruction tuning: docs/concepts/coin.md.
+# hub's LLaVA-1.5 has seen much of CoIN in its own instruction tuning: docs/concepts/vision-streams.md.
 LLAVA = {
     "model": "llava-hf/llava-1.5-7b-hf",
     "max_length": 2048,

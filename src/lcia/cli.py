@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from lcia.errors import GateError, UserError
 
@@ -114,6 +115,25 @@ def validate(
         with Reporter() as reporter:
             summary = validate_config(_config(source, overrides), reporter)
     _emit(as_json, summary.as_dict(), summary)
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Argument(help="CONFIG.yaml")],
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs instead of this machine.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB of one device: does it fit?")] = None,
+    measure: Annotated[int, typer.Option(min=0, help="Make so many real steps here, and give a time.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """What a run will need: memory part by part, disk, steps. No weights are read and nothing is trained."""
+    from lcia.planning import plan_run
+    from lcia.progress import Reporter
+
+    checked = _config(config, overrides)
+    with Reporter() as reporter:
+        planned = plan_run(checked, reporter, gpus, memory, measure)
+    _emit(as_json, planned.as_dict(), planned)
 
 
 @app.command()
@@ -232,36 +252,37 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders; what holds no finished run is left out and named")],
     out: Annotated[Path | None, typer.Option(help="The HTML file; the first run's report.html if not given.")] = None,
     against: Against = None,
     as_json: Json = False,
 ) -> None:
     """Write one HTML file (and PNG figures beside it) about one run or several."""
-    from lcia.report import load_run, write_report
+    from lcia.report import load_runs, write_report
 
-    loaded = [load_run(run) for run in runs]
-    written = write_report(loaded, out or runs[0] / "report.html", against)
-    _emit(as_json, {"report": str(written)}, f"report: {written}")
+    loaded, left_out = load_runs(runs)
+    written = write_report(loaded, out or loaded[0].path / "report.html", against, left_out)
+    document = {"report": str(written), "runs_left_out": [{"path": str(one.path), "why": one.why} for one in left_out]}
+    _emit(as_json, document, *(Text(f"left out: {one}") for one in left_out), f"report: {written}")
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders; what holds no finished run is left out and named")],
     out: Annotated[Path | None, typer.Option(help="Write an HTML report as well.")] = None,
     against: Against = None,
     as_json: Json = False,
 ) -> None:
     """Compare methods over seeds and orders: intervals, and tests against a reference."""
-    from lcia.report import comparison_json, comparison_tables, load_run, write_report
+    from lcia.report import comparison_json, comparison_tables, load_runs, write_report
 
-    loaded = [load_run(run) for run in runs]
+    loaded, left_out = load_runs(runs)
     if out is not None:
-        write_report(loaded, out, against)
+        write_report(loaded, out, against, left_out)
     if as_json:
-        _emit(as_json, comparison_json(loaded, against))
+        _emit(as_json, comparison_json(loaded, against, left_out))
     else:
-        _emit(as_json, None, *comparison_tables(loaded, against))
+        _emit(as_json, None, *comparison_tables(loaded, against, left_out))
 
 
 @app.command()
@@ -398,7 +419,7 @@ def backbone_build(
     output: Annotated[
         Path | None, typer.Option(help="A new folder; the cache, where `model: lite-llava` finds it, if not given.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the alignment.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the alignment.")] = 240,
     captions_only: Annotated[
         bool, typer.Option("--captions-only", help="Captions made of labels, without the tasks' questions and answers.")
     ] = False,

@@ -218,6 +218,7 @@ class IncrementPool(ModulePool):
     def _changed(self, target: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if target is self._decoder:
             return output
-        x = inputs[0]
-        increments = [small_module(target, name)(x, share) for name, share in self._mixture.items()]
-        return (output + torch.stack(increments).sum(0)).to(output.dtype)
+        changed = output
+        for name, share in self._mixture.items():
+            changed = changed + small_module(target, name)(inputs[0], share)  # fp32, whatever the base's dtype
+        return changed.to(output.dtype)

@@ -131,11 +131,11 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
     model.requires_grad_(False)
     model.eval().to(device)
     _remember_features(model)
-    return Backbone(name, model, reader, weights_sha256(dict(model.named_parameters())))
+    return Backbone(name, model, reader, weights_sha256(_content(model)))
 
 
 def _remember_features(model: PreTrainedModel) -> None:
-    """Of lite-llava's tower: 125 kB an image. A CLIP tower's hidden states would be 200 times as much."""
+    """Of lite-llava's tower: 125 kB an image. Of a large CLIP tower it would be 30 times as much."""
     from lcia.backbone.lite_llava import EfficientNetLiteModel
 
     for module in model.modules():
@@ -221,6 +221,13 @@ def resolve_paths(dtype: str, attn_implementation: str, device: torch.device) ->
     if attn_implementation == "auto":
         attn_implementation = "eager" if device.type == "cpu" else "sdpa"
     return {"dtype": dtype, "attn_implementation": attn_implementation, "device": str(device)}
+
+
+def _content(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All that makes a model's function and is saved with it: a vision tower may hold batch statistics as well."""
+    saved = model.state_dict().keys()
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def weights_sha256(tensors: dict[str, torch.Tensor]) -> str:

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from lcia.backbone.cache import cache_dir
 from lcia.errors import UserError
 
+_NOT_SETTINGS = ("dtype", "architectures", "_name_or_path")  # where a tower came from; its weights have their dtype
 _FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
 
 
@@ -53,8 +54,11 @@ class VisionMemo:
 
     def set(self) -> VisionMemo:
         """Use the memo from now on."""
-        settings = json.dumps(self.tower.config.to_diff_dict(), sort_keys=True, default=str)
-        digest = hashlib.sha256(f"{type(self.tower).__name__} {settings} torch {torch.__version__}".encode())
+        config = self.tower.config
+        settings = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_SETTINGS}
+        settings["attention"] = config._attn_implementation  # its kinds differ in the last bits
+        described = json.dumps(settings, sort_keys=True, default=str)
+        digest = hashlib.sha256(f"{type(self.tower).__name__} {described} torch {torch.__version__}".encode())
         for name, tensor in sorted(self.tower.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))

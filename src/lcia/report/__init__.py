@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from lcia.report.console import comparison_table, comparison_tables, matrix_table
 from lcia.report.document import comparison_json
-from lcia.report.load import Run, load_run
+from lcia.report.load import LeftOut, Run, load_run, load_runs
 from lcia.report.page import write_report
 from lcia.report.significance import Comparison, compare_runs
 from lcia.report.tables import comparison_markdown
 
 __all__ = [
     "Comparison",
+    "LeftOut",
     "Run",
     "compare_runs",
     "comparison_json",
@@ -18,6 +19,7 @@ __all__ = [
     "comparison_table",
     "comparison_tables",
     "load_run",
+    "load_runs",
     "matrix_table",
     "write_report",
 ]

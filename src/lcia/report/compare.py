@@ -203,7 +203,8 @@ def settings(run: Run) -> dict[str, str]:
             else:
                 flat[f"{prefix}{key}"] = json.dumps(value, default=str)
 
-    flatten("", {key: value for key, value in run.config.items() if key not in _NEUTRAL_SETTINGS})
+    # null is every such key's default: a run from before the key was there has the same setting
+    flatten("", {key: value for key, value in run.config.items() if key not in _NEUTRAL_SETTINGS and value is not None})
     flat.pop("method.name", None)
     if not isinstance(run.config.get("method"), list):
         flat.pop("method", None)  # results.json names it

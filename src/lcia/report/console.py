@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lcia.report.compare import METHOD_COSTS, METRICS, Arena, arrange
-from lcia.report.load import Run
+from lcia.report.load import LeftOut, Run, left_out_title
 from lcia.report.significance import compare_runs
 from lcia.report.tables import (
     NOT_MEASURED,
@@ -49,21 +49,29 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     return _metrics_table(arrange(runs))
 
 
-def comparison_tables(runs: Sequence[Run], against: str | None = None) -> list[Table]:
-    """For the console: metrics; what the methods themselves cost; the orders together; tests against a reference.
+def comparison_tables(
+    runs: Sequence[Run], against: str | None = None, left_out: Sequence[LeftOut] = ()
+) -> list[Table | Text]:
+    """For the console: metrics; the orders together; tests against a reference; what the methods themselves cost; what
+    was left out.
 
     Args:
         against: see `lcia.report.compare_runs`.
+        left_out: what was given beside the runs, see `lcia.report.load_runs`.
     """
     found = compare_runs(runs, against)
-    tables = [_metrics_table([arena]) for arena in found.arenas]
+    tables: list[Table | Text] = [_metrics_table([arena]) for arena in found.arenas]
     tables += [_grid_table(one.title, orders_grid(one)) for one in found.orders]
     tested = [scope for scope in found.all_scopes if scope.contrasts]
-    tables += [_grid_table(f"{one.title}: against {one.reference}", significance_grid(one)) for one in tested]
+    contrasts = [_grid_table(f"{one.title}: against {one.reference}", significance_grid(one)) for one in tested]
     if tested:
-        tables[-1].caption = Text("\n".join(significance_notes(tested)))
+        contrasts[-1].caption = Text("\n".join(significance_notes(tested)))
+    tables += contrasts
     named = [arena for arena in found.arenas if any(one.cost(key) for one in arena.series for key in METHOD_COSTS)]
-    return tables + [_grid_table(f"{arena.title}: cost", cost_grid(arena, _COSTS)) for arena in named]
+    tables += [_grid_table(f"{arena.title}: cost", cost_grid(arena, _COSTS)) for arena in named]
+    if left_out:
+        tables.append(Text("\n  ".join([left_out_title(runs, left_out), *map(str, left_out)])))
+    return tables
 
 
 def _metrics_table(arenas: Sequence[Arena]) -> Table:

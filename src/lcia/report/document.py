@@ -8,20 +8,25 @@ from dataclasses import asdict
 from typing import Any
 
 from lcia.report.compare import COSTS, METRICS, PARETO_COSTS, Arena, Estimate, OverOrders, Series, pareto_front
-from lcia.report.load import Run
+from lcia.report.load import LeftOut, Run
 from lcia.report.significance import Contrast, Scope, compare_runs
 from lcia.report.statistics import CONFIDENCE
 
 
-def comparison_json(runs: Sequence[Run], against: str | None = None) -> dict[str, Any]:
+def comparison_json(
+    runs: Sequence[Run], against: str | None = None, left_out: Sequence[LeftOut] = ()
+) -> dict[str, Any]:
     """One JSON document: per arena and series, each metric as mean, interval, n and the values; tests; fronts.
 
     Args:
         against: see `lcia.report.compare_runs`.
+        left_out: what was given beside the runs, see `lcia.report.load_runs`.
     """
     found = compare_runs(runs, against)
     return {
         "confidence": CONFIDENCE,
+        "runs_compared": len(runs),
+        "runs_left_out": [{"path": str(one.path), "why": one.why} for one in left_out],
         "comparisons": [_arena_json(*pair) for pair in zip(found.arenas, found.scopes, strict=True)],
         "over_orders": [_orders_json(*pair) for pair in zip(found.orders, found.order_scopes, strict=True)],
     }

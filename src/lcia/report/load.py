@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,6 +104,17 @@ class Prediction(_Record):
 
 class NoScores(Exception):
     """Why a cell of the matrix has no score per test row that could be used."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A path that was given and holds no finished run."""
+
+    path: Path
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -362,3 +373,38 @@ def load_run(path: Path | str) -> Run:
         config_text=config_text,
         config=config,
     )
+
+
+def load_runs(paths: Sequence[Path | str]) -> tuple[list[Run], list[LeftOut]]:
+    """The finished runs among `paths`, as a shell makes them of `runs/*`, and what is none.
+
+    Raises:
+        UserError: there is no finished run, a path does not exist, or a finished run is damaged (see `load_run`).
+    """
+    runs, left_out = [], []
+    for path in map(Path, paths):
+        why = _no_finished_run(path)
+        if why is None:
+            runs.append(load_run(path))
+        else:
+            left_out.append(LeftOut(path, why))
+    if not runs:
+        raise UserError(f"no finished run here: {'; '.join(map(str, left_out))}")
+    return runs, left_out
+
+
+def left_out_title(runs: Sequence[Run], left_out: Sequence[LeftOut]) -> str:
+    """The sentence above a list of what was left out."""
+    return f"Left out, because it is no finished run: {len(left_out)} of {len(runs) + len(left_out)} paths."
+
+
+def _no_finished_run(path: Path) -> str | None:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return "a file"
+    if (path / RESULTS).is_file():
+        return None
+    if (path / CONFIG).is_file():
+        return f"a run that is not finished (`lcia resume {path}` goes on with it)"
+    return f"a folder of something else: neither {RESULTS} nor {CONFIG} in it"

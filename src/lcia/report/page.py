@@ -15,20 +15,23 @@ from lcia.report.chapter import build_chapter, build_orders
 from lcia.report.compare import METRICS
 from lcia.report.figures import COLOURS, MIN_RADAR_TASKS
 from lcia.report.gallery import Gallery
-from lcia.report.load import Run
+from lcia.report.load import LeftOut, Run, left_out_title
 from lcia.report.significance import compare_runs
 from lcia.report.tables import NOT_RECORDED
 
 _UNBROKEN = 12  # characters of a name that stay on one line
 
 
-def write_report(runs: Sequence[Run], out: Path | str, against: str | None = None) -> Path:
+def write_report(
+    runs: Sequence[Run], out: Path | str, against: str | None = None, left_out: Sequence[LeftOut] = ()
+) -> Path:
     """Write the HTML file, and the figures as PNG files into `figures/` beside it.
 
     Args:
         runs: one or more; what may be compared is compared (see lcia.report.compare).
         out: the HTML file, or a folder that shall hold report.html.
         against: the reference of the tests, see `lcia.report.compare_runs`.
+        left_out: what was given beside the runs, see `lcia.report.load_runs`.
 
     Returns:
         The HTML file.
@@ -53,6 +56,8 @@ def write_report(runs: Sequence[Run], out: Path | str, against: str | None = Non
             metrics=METRICS,
             min_radar_tasks=MIN_RADAR_TASKS,
             not_recorded=NOT_RECORDED,
+            left_out=left_out,
+            left_out_title=left_out_title(runs, left_out),
             palette=_palette(),
         )
     )

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcia.errors import UserError, did_you_mean
-from lcia.stream.coin import KINDS, STRICT, TASKS, CoinFolder
+from lcia.stream.coin import KINDS, RELEASED, STRICT, TASKS, CoinFolder
 from lcia.stream.formats import Draft, Faults, decode_utf8, read_bytes
 from lcia.stream.task_source import DATA, Found, TaskSource, chosen, data_folder, task_at
 
@@ -133,7 +133,8 @@ def _coin_task(entry: TaskEntry, options: CoinOptions, data: Path, file: Path) -
         if getattr(entry, key) is not None:
             raise UserError(f"{file}: task {entry.name!r}: {key!r} is CoIN's; leave it out, or leave out 'coin'")
     kind = chosen("coast", "instructions", options.instructions, tuple(KINDS))
-    return CoinFolder(data, kind, options.scoring).task(TASKS[entry.name])
+    scoring = chosen("coast", "scoring", options.scoring, (STRICT, RELEASED))
+    return CoinFolder(data, kind, scoring).task(TASKS[entry.name])
 
 
 class _Raising:

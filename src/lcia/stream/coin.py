@@ -29,6 +29,7 @@ KINDS = {
     "diverse": ("Instructions_Diverse",),
     "10type": ("Instructions_10Type", "Instruction_10Type"),
 }
+IMAGE_FOLDERS = ("COCO2014", "GQA", "ImageNet_withlabel", "OCR-VQA", "ScienceQA", "TextVQA", "VizWiz")  # in cl_dataset
 _HOMES = ("", "playground")  # where, below DIR, those folders may lie
 Answers = Iterator[tuple[Any, list[str]]]  # question id, its answers
 
@@ -133,6 +134,7 @@ class CoinFolder:
         self.root, self.kind, self.scoring = root, kind, scoring
         self.rows = next((place for place in places if place.is_dir()), places[0])
         self.images = root / "cl_dataset" if (root / "cl_dataset").is_dir() else root
+        self._links = tuple(_linked(self.images))
         self._known: dict[str, dict[str, list[str]]] = _json(DATA / "coin" / "instructions.json")
 
     def task(self, task: CoinTask) -> TaskSource:
@@ -142,7 +144,9 @@ class CoinFolder:
         scorer = task.released if self.scoring == RELEASED else task.strict
         answers = cache(partial(_published_answers, task, self.images))
         reader = partial(self._read, task, answers)
-        return TaskSource(task.name, files, scorer=scorer, image_folders=(self.images,), reader=reader)
+        return TaskSource(
+            task.name, files, scorer=scorer, image_folders=(self.images,), links=self._links, reader=reader
+        )
 
     def _read(
         self,
@@ -178,8 +182,7 @@ class CoinFolder:
                 f"{task.name}: {longer} of {len(drafts)} rows in {path.name} ask several questions: the last answer is "
                 "learned, the others are context"
             )
-        # LLaVA's ids name the image; here several rows may have one
-        return [replace(draft, shared_id=True) for draft in drafts]
+        return drafts
 
     def _completed(
         self,
@@ -231,13 +234,21 @@ class CoinFolder:
             if instruction is None:
                 instruction = _own_instruction(draft)
                 own.append(instruction)
-            completed.append(replace(draft, instruction=draft.instruction or instruction))
+            # LLaVA's ids name the image: several rows may have one
+            completed.append(replace(draft, instruction=draft.instruction or instruction, shared_id=True))
         if own:
             notes.append(
                 f"{task.name}: {len(own)} of {len(drafts)} rows hold no instruction that is listed for {self.kind}; "
                 f"their own line is taken, such as {own[0][:120]!r}"
             )
         return completed
+
+
+def _linked(images: Path) -> Iterator[Path]:
+    """What a user has elsewhere and linked in: a data set (COCO2014), or a part of one (COCO2014/train2014)."""
+    for folder in (images / name for name in IMAGE_FOLDERS):
+        if folder.is_dir():
+            yield from (place.resolve() for place in (folder, *folder.iterdir()) if place.is_symlink())
 
 
 def instruction_in(text: str, known: Iterable[str]) -> str | None:

@@ -1,6 +1,6 @@
 """CoIN's answers scored as its released code does (github zackschen/CoIN, llava/eval/CoIN), mistakes included.
 
-For comparing with published numbers; `docs/concepts/coin.md` lists what is wrong with each. One reference an answer.
+For comparing with published numbers; `docs/concepts/vision-streams.md` lists what is wrong with each.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import stat
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,7 +79,8 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
         hint = did_you_mean(source.scorer, SCORERS)
         raise UserError(f"task {source.name!r}: unknown scorer {source.scorer!r}. {hint}")
     faults = Faults(skip_bad_rows)
-    drafts = list(_usable(_read(source, faults, notes), source, faults))
+    images = _ImageFinder(source)
+    drafts = list(_usable(_read(source, faults, notes), images, faults))
     if faults.found:
         notes.append(f"{source.name}: {len(faults.found)} rows skipped")
         notes += faults.found
@@ -85,7 +88,7 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
         raise UserError(f"task {source.name!r}: no row can be used{_first(faults.found)}")
     prompts = _with_instructions if source.examples is None else _super_ni_prompts
     drafts = prompts(drafts, source, notes)
-    splits = _split(drafts, source, seed, notes)
+    splits = _split(drafts, source, images.written, seed, notes)
     scorer = source.scorer or _choose_scorer(source.name, splits["train"], notes)
     _check_answers(drafts, source.name, scorer)
     instructions = tuple(dict.fromkeys(draft.instruction or "" for draft in splits["train"]))
@@ -166,38 +169,60 @@ def _read_dataset(name: str, faults: Faults) -> Iterator[tuple[str, str | None, 
         yield label, None if part is None else SPLIT_NAMES[part], read_records(records, faults)
 
 
-def _usable(drafts: Iterator[Draft], source: TaskSource, faults: Faults) -> Iterator[Draft]:
+def _usable(drafts: Iterator[Draft], images: _ImageFinder, faults: Faults) -> Iterator[Draft]:
     """The drafts with their images found."""
-    bases = [(folder, folder.resolve()) for folder in source.image_folders]
     for draft in drafts:
         try:
-            images = tuple(_find_image(name, bases, draft.source) for name in draft.images)
+            found = tuple(images.find(name, draft.source) for name in draft.images)
         except UserError as fault:
             faults.add(fault)
         else:
-            yield replace(draft, images=images)
+            yield replace(draft, images=found) if found else draft
 
 
-def _find_image(name: str, bases: Sequence[tuple[Path, Path]], source: str) -> str:
-    """The absolute path of an image, which must lie in one of the task's folders, links followed."""
-    if "://" in name[:10] or name.startswith("data:"):
-        raise UserError(f"{source}: image {name[:60]!r}: only files can be read; download it first")
-    outside = False
-    for folder, base in bases:
-        try:
-            path = (folder / name).resolve()
-            exists = path.is_file()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{source}: image {name[:60]!r} is not a usable path: {str(error)[:80]}") from error
-        if exists and path.is_relative_to(base):
-            return str(path)
-        outside = outside or not path.is_relative_to(base)
-    places = " or ".join(str(folder) for folder, _ in bases)
-    if outside:
-        raise UserError(
-            f"{source}: image {name[:200]!r} leaves its folder {places}; set image_folder to where images lie"
-        )
-    raise UserError(f"{source}: image {name[:200]!r} does not exist in {places}")
+class _ImageFinder:
+    """The images of a task: in its folders, and, links followed, nowhere else but where the source says."""
+
+    def __init__(self, source: TaskSource) -> None:
+        self.written: dict[str, str] = {}  # image found → as rows name it
+        self._folders = source.image_folders
+        self._inside = [[os.path.join(os.path.realpath(folder), "")] for folder in source.image_folders]
+        for allowed in self._inside:
+            allowed += [os.path.join(os.path.realpath(link), "") for link in source.links]
+        self._real: dict[str, str] = {}  # folder as written → without links: asked once, not for each image
+
+    def find(self, name: str, source: str) -> str:
+        """The absolute path of an image."""
+        if "://" in name[:10] or name.startswith("data:"):
+            raise UserError(f"{source}: image {name[:60]!r}: only files can be read; download it first")
+        outside = False
+        for folder, allowed in zip(self._folders, self._inside, strict=True):
+            try:
+                path = self._path(folder, name)
+                exists = stat.S_ISREG(os.stat(path).st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                exists = False
+            except (OSError, ValueError) as error:
+                raise UserError(f"{source}: image {name[:60]!r} is not a usable path: {str(error)[:80]}") from error
+            inside = os.path.join(path, "").startswith(tuple(allowed))
+            if exists and inside:
+                self.written.setdefault(path, os.path.normpath(name))
+                return path
+            outside = outside or not inside
+        places = " or ".join(map(str, self._folders))
+        if outside:
+            raise UserError(
+                f"{source}: image {name[:200]!r} leaves its folder {places}; set image_folder to where images lie"
+            )
+        raise UserError(f"{source}: image {name[:200]!r} does not exist in {places}")
+
+    def _path(self, folder: Path, name: str) -> str:
+        """Where an image would lie, links followed."""
+        parent, base = os.path.split(os.path.join(folder, name))
+        if parent not in self._real:
+            self._real[parent] = os.path.realpath(parent)
+        path = os.path.join(self._real[parent], base)
+        return os.path.realpath(path) if base in ("", ".", "..") or os.path.islink(path) else path
 
 
 # --- what the task settles -------------------------------------------------------------------------------
@@ -276,7 +301,9 @@ def _shared_last_line(drafts: list[Draft], task: str) -> str:
     return next(iter(lines))
 
 
-def _split(drafts: list[Draft], source: TaskSource, seed: int, notes: list[str]) -> dict[str, list[Draft]]:
+def _split(
+    drafts: list[Draft], source: TaskSource, written: Mapping[str, str], seed: int, notes: list[str]
+) -> dict[str, list[Draft]]:
     task, total = source.name, len(drafts)
     stated = [draft for draft in drafts if draft.split is not None]
     if stated and len(stated) < len(drafts):
@@ -285,7 +312,7 @@ def _split(drafts: list[Draft], source: TaskSource, seed: int, notes: list[str])
     if not stated:
         drafts = _draw_splits(drafts, task, seed) if source.split is None else _by_position(drafts, source, seed)
     elif source.dev_share and not any(draft.split == "dev" for draft in drafts):
-        drafts = _with_dev_rows(drafts, source, seed, notes)
+        drafts = _with_dev_rows(drafts, source, written, seed, notes)
     splits = {split: [draft for draft in drafts if draft.split == split] for split in SPLITS}
     for split, limit in source.at_most.items():
         draw = random.Random(stable_seed(seed, task, split, "at most"))
@@ -317,11 +344,17 @@ def _draw_splits(drafts: list[Draft], task: str, seed: int) -> list[Draft]:
     return [replace(draft, split=name) for draft, name in zip(drafts, names, strict=True)]
 
 
-def _with_dev_rows(drafts: list[Draft], source: TaskSource, seed: int, notes: list[str]) -> list[Draft]:
+def _with_dev_rows(
+    drafts: list[Draft], source: TaskSource, written: Mapping[str, str], seed: int, notes: list[str]
+) -> list[Draft]:
     """A share of the training rows as dev rows: all rows of an image, or of a question without one, go together."""
-    folders = [folder.resolve() for folder in source.image_folders]
+
+    def shown(draft: Draft) -> str:
+        """What a row is about, equal on every machine: its images as rows name them, else its question."""
+        return repr([written[image] for image in draft.images] or draft.turns)
+
     train = [draft for draft in drafts if draft.split == "train"]
-    sizes = Counter(_shown(draft, folders) for draft in train)
+    sizes = Counter(map(shown, train))
     # by content and not by task: two tasks on the same images take much the same ones
     pieces = sorted(sizes, key=lambda piece: (stable_seed(seed, "dev", piece), piece))
     wanted, taken, dev = max(1, round(source.dev_share * len(train))), 0, set()
@@ -335,20 +368,8 @@ def _with_dev_rows(drafts: list[Draft], source: TaskSource, seed: int, notes: li
         "images at a time; none from test"
     )
     return [
-        replace(draft, split="dev") if draft.split == "train" and _shown(draft, folders) in dev else draft
-        for draft in drafts
+        replace(draft, split="dev") if draft.split == "train" and shown(draft) in dev else draft for draft in drafts
     ]
-
-
-def _shown(draft: Draft, folders: Sequence[Path]) -> str:
-    """What a row is about, equal on every machine: its images as paths in their folders, else its question."""
-    if not draft.images:
-        return repr(draft.turns)
-    images = []
-    for image in map(Path, draft.images):
-        home = next(folder for folder in folders if image.is_relative_to(folder))
-        images.append(image.relative_to(home).as_posix())
-    return repr(images)
 
 
 def _at_most(drafts: list[Draft], limit: int, draw: random.Random, what: str, notes: list[str]) -> list[Draft]:

@@ -46,6 +46,7 @@ class TaskSource:
     instruction: str | None = None
     scorer: str | None = None
     image_folders: tuple[Path, ...] = ()
+    links: tuple[Path, ...] = ()  # folders elsewhere that a link in the image folders may lead to
     examples: int | None = None
     positive_examples: Any = None
     split: PositionalSplit | None = None  # of rows that state none; None: 80/10/10

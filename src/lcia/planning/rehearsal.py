@@ -1,0 +1,340 @@
+"""A run without its numbers: each stage is opened, begun and closed by the method's own code, its bytes counted.
+
+Each stage makes one step on one row. Behind all of them the longest batch of the stream is trained on, in the last
+stage whose adapter was new and in the last whose was not: then all adapters are there, and all that the method carries.
+
+Shapes: N answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import EncoderDecoderCache, Trainer, TrainingArguments
+
+from lcia.adapters import Pool
+from lcia.backbone import Backbone, answer_logits, prefix
+from lcia.config import RunConfig
+from lcia.evaluation import Decoding, generate_answers
+from lcia.methods import Combined, Method, Placement, Training, build_method
+from lcia.methods.memory import EpisodicMemory
+from lcia.planning.live import Bytes, LiveBytes
+from lcia.planning.parts import ACTIVATIONS, ADAPTERS, BASE, CACHE, GRADIENTS, LOGITS, METHOD, OPTIMIZER
+from lcia.planning.zeros import floats_are_zero
+from lcia.session import make_pool
+from lcia.stream import Row, Task
+
+_STEPS = 100  # of a task, for methods that spread their work over them
+_DECODED = 4  # tokens that are generated; from the second on, each one more takes the same
+
+
+@dataclass(frozen=True)
+class StageRehearsed:
+    """One stage: what is learned together, and where."""
+
+    tasks: tuple[str, ...]
+    placement: Placement
+    rows: tuple[Row, ...]  # trained on: those of the tasks, and what the method adds
+    state: int  # bytes that the method carries on after it
+
+
+@dataclass
+class Rehearsal:
+    """What a run makes and holds, in bytes."""
+
+    stages: list[StageRehearsed] = field(default_factory=list)
+    adapters: dict[str, int] = field(default_factory=dict)  # adapter → its trained numbers
+    projector: int = 0  # of these, the projector's
+    optimizer: int = 0  # states of the optimizer, for one adapter
+    training: Bytes = field(default_factory=dict)  # all parts, when their sum is largest
+    training_stage: str = ""
+    closing: Bytes = field(default_factory=dict)  # the same, when a task is closed
+    evaluating: Bytes = field(default_factory=dict)
+
+    @property
+    def trained(self) -> int:
+        """Numbers of one adapter, the largest."""
+        return max(self.adapters.values(), default=0)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The rows that take the most memory."""
+
+    train: Sequence[Row]  # a micro-batch
+    test: Sequence[Row]  # answered together
+
+
+def rehearse(
+    config: RunConfig,
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    batches: Batches,
+    fits: Callable[[Row], bool],
+    device: str,
+    several: bool = False,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> Rehearsal:
+    """Go through the run.
+
+    Args:
+        backbone: on `meta`, or a real one on the CPU.
+        fits: whether a training row is within the run's lengths; others are left out.
+        device: cpu | cuda, where the run would be.
+        several: whether it would be several processes: these do not share the beginnings of a batch's rows.
+        on_stage: is told of every stage that begins.
+    """
+    on_meta = backbone.model.device.type == "meta"
+    vocabulary = backbone.model.get_output_embeddings().weight.shape[0]
+    with ExitStack() as modes, torch.random.fork_rng(devices=[]):
+        if on_meta:
+            modes.enter_context(floats_are_zero(device))
+        if several:
+            modes.enter_context(patch.object(prefix, "of_batch", lambda *arguments: None))
+        live = modes.enter_context(LiveBytes(lambda tensor: LOGITS if vocabulary in tensor.shape else None))
+        live.add([*backbone.model.parameters(), *backbone.model.buffers()], BASE)
+        return _Run(config, backbone, batches, fits, live, on_meta).go(tasks, on_stage)
+
+
+class _Run:
+    def __init__(
+        self,
+        config: RunConfig,
+        backbone: Backbone,
+        batches: Batches,
+        fits: Callable[[Row], bool],
+        live: LiveBytes,
+        on_meta: bool,
+    ) -> None:
+        self.config, self.backbone, self.batches, self.fits = config, backbone, batches, fits
+        self.live, self.on_meta = live, on_meta
+        values = {"report_to": "none", **config.training_arguments()}
+        self.arguments = TrainingArguments(output_dir=config.output_dir, **values)
+        with live.part(ADAPTERS):
+            self.pool: Pool = make_pool(config, backbone)
+        self.method: Combined = build_method(config.method_parts())
+        self.method.attach(self.pool, backbone)
+        self.found = Rehearsal()
+
+    @contextmanager
+    def _made_here(self) -> Iterator[None]:
+        """New weights lie where the model does."""
+        with torch.device("meta" if self.on_meta else "cpu"):
+            yield
+
+    def go(self, tasks: Sequence[Task], on_stage: Callable[[str], None]) -> Rehearsal:
+        last: dict[bool, tuple[Task, Placement]] = {}  # whether its adapter was new → the last stage of that kind
+        for stage in self.method.schedule(tasks):
+            task = stage[0] if len(stage) == 1 else _joined(stage)
+            on_stage(task.name)
+            placement = self._learn(task, [member.name for member in stage])
+            last[placement.is_new] = task, placement
+        on_stage("answers")
+        self._evaluate()
+        for task, placement in last.values():
+            on_stage(f"{task.name}, the longest batch")
+            self._train(task, placement)
+        return self.found
+
+    # --- learning
+
+    def _learn(self, task: Task, names: Sequence[str]) -> Placement:
+        """One stage, with one step on one row."""
+        live, found, method = self.live, self.found, self.method
+        with live.part(METHOD):
+            placement = method.open_task(self._lean(task))
+        if placement.is_new:
+            with live.part(ADAPTERS), self._made_here():
+                self.pool.add(placement.adapter, start=placement.start)
+        rows = tuple(row for row in method.feed(task.train, placement) if self.fits(row))
+        with self._begun(task, placement, rows) as (parameters, optimizer):
+            self._step(self.batches.train[:1], parameters, optimizer)
+            found.optimizer = max(found.optimizer, live.now.get(OPTIMIZER, 0))
+        del optimizer
+        own = self.pool.projector_parameters(placement.adapter)
+        found.projector = sum(weights.numel() for name, weights in parameters.items() if name in own)
+        found.adapters[placement.adapter] = sum(weights.numel() for weights in parameters.values())
+        self._close(task)
+        state = [value for value in method.state_dict().values() if isinstance(value, torch.Tensor)]
+        found.stages.append(StageRehearsed(tuple(names), placement, rows, sum(value.nbytes for value in state)))
+        return placement
+
+    def _train(self, task: Task, placement: Placement) -> None:
+        """A stage again, behind all others: its second step, on the longest batch."""
+        with self._begun(task, placement, self.batches.train) as (parameters, optimizer):
+            self._step(self.batches.train[:1], parameters, optimizer)
+            gc.collect()
+            self.live.forget_peak()
+            self._step(self.batches.train, parameters, optimizer)
+        if self.live.peak > sum(self.found.training.values()):
+            self.found.training, self.found.training_stage = dict(self.live.at_peak), task.name
+
+    @contextmanager
+    def _begun(
+        self, task: Task, placement: Placement, rows: Sequence[Row]
+    ) -> Iterator[tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]]:
+        parameters = self.pool.train_only(placement.adapter, placement.beneath)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(self.arguments)
+        options = {key: value for key, value in options.items() if key != "fused"}  # a kernel, and none of `meta`
+        optimizer = kind(list(parameters.values()), **options)
+        for leaf in self.method.leaves():
+            training = Training(
+                self._seen_by(leaf, task),
+                placement,
+                rows if isinstance(leaf, EpisodicMemory) else self.batches.train[:1],
+                parameters,
+                self.pool.model,
+                optimizer,
+                total_steps=_STEPS,
+                examples_per_gradient=len(self.batches.train) * self.arguments.gradient_accumulation_steps,
+            )
+            with self.live.part(METHOD):
+                leaf.begin(training)
+        self.pool.model.train()
+        if self.arguments.activation_checkpointing:
+            self.pool.model.activation_checkpointing_enable(self.arguments.activation_checkpointing_kwargs)
+        yield parameters, optimizer
+        self.pool.model.eval()
+        optimizer.zero_grad()
+
+    def _seen_by(self, leaf: Method, task: Task) -> Task:
+        """The task; of its rows one, where they only pass through the model, one at a time: the longest of all."""
+        return task if isinstance(leaf, EpisodicMemory) else self._lean(task)
+
+    def _lean(self, task: Task) -> Task:
+        return replace(task, train=tuple(self.batches.train[:1]))
+
+    def _step(
+        self, rows: Sequence[Row], parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """One optimizer step, as lcia.training makes it; of several micro-batches, two."""
+        live, model, reader, settings = self.live, self.pool.model, self.backbone.reader, self.arguments
+        batch = reader.collate([reader.encode(row) for row in rows])
+        batch = {name: values.to(self.backbone.model.device) for name, values in batch.items()}
+
+        def kept(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            live.move(parameter.grad, GRADIENTS)
+
+        hooks = [weights.register_post_accumulate_grad_hook(kept) for weights in parameters.values()]
+        with live.part(ACTIVATIONS):
+            for _ in range(min(2, settings.gradient_accumulation_steps)):
+                logits, targets = answer_logits(model, batch)  # (N, V), (N,)
+                loss = cross_entropy(logits, targets, reduction="sum") / len(targets)
+                answer_tokens = torch.tensor(float(len(targets)), device=logits.device)
+                penalty = self.method.penalty({**batch, "answer_logits": logits, "answer_tokens": answer_tokens})
+                (loss if penalty is None else loss + penalty).backward()
+                del logits, loss, penalty
+            for weights in parameters.values():
+                if weights.grad is None:  # of a projector that no row's image went through
+                    weights.grad = torch.zeros_like(weights)
+            self.method.see_grads()
+            if settings.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+            self.method.shape_grads()
+        with live.part(OPTIMIZER):
+            optimizer.step()
+        with live.part(METHOD):
+            self.method.after_step()
+        optimizer.zero_grad()
+        for hook in hooks:
+            hook.remove()
+
+    def _close(self, task: Task) -> None:
+        live = self.live
+        live.forget_peak()
+        with live.part(METHOD):
+            for leaf in self.method.leaves():
+                leaf.close_task(self._seen_by(leaf, task))
+        if live.peak > sum(self.found.closing.values()):
+            self.found.closing = dict(live.at_peak)
+
+    # --- answering
+
+    def _evaluate(self) -> None:
+        """The longest batch is routed and answered; each pass through the model is looked at by itself."""
+        live, model, config = self.live, self.backbone.model, self.config
+        rows = self.batches.test
+        tokens = min(_DECODED, config.max_new_tokens)
+        prompts = [self.backbone.reader.encode_prompt(row) for row in rows]
+        passes: list[Bytes] = []
+
+        def passed(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            passes.append(_with_cache(live.at_peak, output.past_key_values))
+            live.forget_peak()
+
+        gc.collect()
+        live.forget_peak()
+        with live.part(ACTIVATIONS), torch.no_grad():
+            group = self.method.route(rows)[0].group
+            routing = dict(live.at_peak)
+            live.forget_peak()
+            hook = model.register_forward_hook(passed)
+            decoding = Decoding(tokens, len(rows), config.max_length)
+            generate_answers(self.pool, self.backbone.reader, [group] * len(rows), prompts, decoding)
+            hook.remove()
+        if tokens == _DECODED:
+            passes.append(_extrapolated(passes[-2], passes[-1], config.max_new_tokens - _DECODED))
+        self.found.evaluating = max([*passes, routing], key=lambda parts: sum(parts.values()))
+
+
+def deeper(first: Rehearsal, second: Rehearsal, more: float) -> Rehearsal:
+    """What `more` layers add to the second, when each adds as much as the second has over the first."""
+
+    def line(one: Bytes, other: Bytes) -> Bytes:
+        return _extrapolated(one, other, more)
+
+    names = ("projector", "optimizer")
+    numbers = line({name: getattr(first, name) for name in names}, {name: getattr(second, name) for name in names})
+    states = [
+        replace(late, state=line({"": early.state}, {"": late.state})[""])
+        for early, late in zip(first.stages, second.stages, strict=True)
+    ]
+    return Rehearsal(
+        stages=states,
+        adapters=line(first.adapters, second.adapters),
+        projector=numbers["projector"],
+        optimizer=numbers["optimizer"],
+        training=line(first.training, second.training),
+        training_stage=second.training_stage,
+        closing=line(first.closing, second.closing),
+        evaluating=line(first.evaluating, second.evaluating),
+    )
+
+
+def _extrapolated(first: Bytes, second: Bytes, more: float) -> Bytes:
+    """`more` steps behind the second, each as far as from the first to it."""
+    parts = {**first, **second}
+    return {part: round(second.get(part, 0) + more * (second.get(part, 0) - first.get(part, 0))) for part in parts}
+
+
+def _with_cache(parts: Bytes, cache: Any) -> Bytes:
+    """The parts, with keys and values out of the activations."""
+    caches = (
+        [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
+    )
+    tensors = [
+        tensor
+        for one in caches
+        if one is not None
+        for layer in one.layers
+        for tensor in (layer.keys, layer.values)
+        if tensor is not None
+    ]
+    known = min(sum(tensor.nbytes for tensor in tensors), parts.get(ACTIVATIONS, 0))
+    return {**parts, ACTIVATIONS: parts.get(ACTIVATIONS, 0) - known, CACHE: known}
+
+
+def _joined(stage: Sequence[Task]) -> Task:
+    """Tasks that are learned together, as one."""
+    instructions = tuple(dict.fromkeys(text for task in stage for text in task.instructions))
+    return replace(
+        stage[0], name="all", instructions=instructions, train=tuple(r for task in stage for r in task.train)
+    )
