@@ -25,6 +25,7 @@ from lcia.run_folder import RunFolder
 from lcia.session import open_run
 from lcia.validate import validate_config
 from test_run import Killed, hashes, measure, without_cost
+from tiny_vision import square_stream, tiny_llava
 
 TASKS = ["colours", "animals"]
 
@@ -177,6 +178,23 @@ def test_on_an_encoder_decoder(with_init, tiny_t5, tmp_path) -> None:
     results = measure(with_init(model=str(tiny_t5), max_new_tokens=8))
     assert None not in results["matrix"][2]
     assert RunFolder(tmp_path / "run").base_sha256() != RunFolder(tmp_path / "run" / "init").base_sha256()
+
+
+def test_on_a_model_that_sees_the_projector_is_the_bases_from_then_on(with_init, tmp_path) -> None:
+    for folder in ("model", "squares"):
+        (tmp_path / folder).mkdir()
+    model, squares = str(tiny_llava(tmp_path / "model")), str(square_stream(tmp_path / "squares"))
+    init = {"path": squares, "tasks": ["tints"]}
+    results = measure(with_init(model=model, stream=squares, tasks=["colours"], init_stream=init))
+    assert None not in results["matrix"][1]
+    made = load_file(tmp_path / "run" / "init" / "model" / "model.safetensors")
+    kept = load_file(tmp_path / "run" / "init" / "pool" / "shared" / "projector.safetensors")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert len(kept) == 4
+    for name, weight in kept.items():
+        (key,) = [key for key in made if key.endswith(name.removeprefix("model."))]
+        assert torch.equal(made[key], weight)
+        assert not torch.equal(made[key], before[key])
 
 
 def test_rounding_is_measured_and_told(with_init, tmp_path) -> None:

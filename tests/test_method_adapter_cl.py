@@ -383,7 +383,7 @@ def test_on_t5_the_loss_gets_the_same_perplexity_and_no_answer(on_t5) -> None:
 
 def test_a_run_on_t5_finds_its_adapters_again(tiny_config, tiny_t5) -> None:
     method = {"name": "adapter_cl", "bottleneck": 50}
-    config = tiny_config(model=str(tiny_t5), method=method, max_steps=20, max_new_tokens=8)
+    config = tiny_config(model=str(tiny_t5), method=method, max_steps=8, max_new_tokens=8)
     results = measure(config)
     assert results["routing"]["accuracy"] == 100.0
     record = json.loads((Path(config.output_dir) / "predictions" / "3" / "animals.jsonl").read_text().splitlines()[0])

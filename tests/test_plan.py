@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lcia.learning
-from lcia import cli, run
+from lcia import run
 from lcia.planning import Plan, plan_run
 from lcia.progress import Reporter
 from tiny_vision import square_stream, tiny_llava
