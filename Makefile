@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check study-demo study-ema-rules study-methods study-instrdialog study-vision study-kill clean
+.PHONY: demo test check bench study-demo study-ema-rules study-methods study-instrdialog study-vision study-kill clean
 
 demo: $(STAMP)
 	$(BIN)/lcia demo
@@ -16,6 +16,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About fifty minutes; nothing else may run meanwhile.
+bench: $(STAMP)
+	$(BIN)/python bench/all.py
 
 study-demo: $(STAMP)
 	$(BIN)/python studies/demo.py
@@ -30,7 +34,8 @@ study-methods: $(STAMP)
 study-instrdialog: $(STAMP)
 	$(BIN)/python studies/instrdialog.py
 
-# LCIA_DATA is the folder in which vision_stream/ lies; `lcia backbone build lite-llava` comes first.
+# LCIA_DATA is the folder in which vision_stream/ lies; `lcia backbone build lite-llava --captions-only` and
+# study-methods come first.
 study-vision: $(STAMP)
 	$(BIN)/python studies/vision.py
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from rich.console import Console
 from scipy import stats
 
 from lcia.files import write_text
+from lcia.jobs import Job, carry_out, run_here
+from lcia.report.statistics import paired_t_test
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,12 +34,10 @@ def run_all(
     Returns:
         {name: results}, in the order given.
     """
-    jobs = jobs or int(os.environ.get("LCIA_JOBS", 0)) or os.cpu_count() or 1
+    shared = first_task_of or {}
     pending = [name for name in runs if not _kept(study, name).is_file()]
-    with ThreadPoolExecutor(jobs) as pool:
-        shared = first_task_of or {}
-        for finished in [pool.submit(_run, study, name, runs[name], jobs, shared.get(name)) for name in pending]:
-            finished.result()
+    commands = {name: _command(study, name, runs[name], shared.get(name)) for name in pending}
+    _carry_out(study, commands, jobs, lambda name: _keep(study, name, runs[name]))
     results = {name: json.loads(_kept(study, name).read_text(encoding="utf-8")) for name in runs}
     for name, found in results.items():
         _require_same(found, runs[name], _kept(study, name))
@@ -50,18 +49,28 @@ def dev_scores(study: str, names: Sequence[str], jobs: int = 0) -> dict[str, dic
 
     Kept as results/STUDY/NAME.dev.json.
     """
-    jobs = jobs or int(os.environ.get("LCIA_JOBS", 0)) or os.cpu_count() or 1
     kept = {name: ROOT / "results" / study / f"{name}.dev.json" for name in names}
 
-    def measure(name: str) -> None:
-        arguments = ["eval", str(run_folder(study, name)), "--split", "dev"]
-        found = json.loads(_lcia(name, arguments, jobs))
+    def keep(name: str) -> None:
+        found = json.loads((run_folder(study, name) / "evaluations" / "dev.json").read_text(encoding="utf-8"))
         write_text(kept[name], json.dumps({"split": "dev", "scores": found["rows"][-1]["scores"]}, indent=1) + "\n")
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for finished in [pool.submit(measure, name) for name in names if not kept[name].is_file()]:
-            finished.result()
+    pending = [name for name in names if not kept[name].is_file()]
+    _carry_out(study, {name: ("eval", str(run_folder(study, name)), "--split", "dev") for name in pending}, jobs, keep)
     return {name: json.loads(path.read_text(encoding="utf-8"))["scores"] for name, path in kept.items()}
+
+
+def _carry_out(study: str, commands: Mapping[str, tuple[str, ...]], at_once: int, keep: Callable[[str], None]) -> None:
+    """{name: arguments of lcia}: each with its share of the cores, `keep(name)` as soon as it is done."""
+    at_once = at_once or int(os.environ.get("LCIA_JOBS", 0)) or os.cpu_count() or 1
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    jobs = [
+        Job(name, arguments, run_folder(study, name) / "log.txt", threads, folder=ROOT)
+        for name, arguments in commands.items()
+    ]
+    failures = carry_out(jobs, partial(run_here, at_once=at_once), Console(stderr=True), lambda job: keep(job.name))
+    if failures:
+        raise SystemExit(f"{len(failures)} of {len(jobs)} runs failed; the same command goes on")
 
 
 def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
@@ -83,17 +92,21 @@ def run_folder(study: str, name: str) -> Path:
     return ROOT / "runs" / "studies" / study / name
 
 
-def _run(study: str, name: str, values: Mapping[str, Any], jobs: int, first_task_of: str | None) -> None:
+def _command(study: str, name: str, values: Mapping[str, Any], first_task_of: str | None) -> tuple[str, ...]:
+    """Arguments of lcia that begin a run, or go on with it."""
     folder = run_folder(study, name)
     if first_task_of is not None and not (folder / "config.yaml").is_file():
         _branch(run_folder(study, first_task_of), folder, values["method"])
     if (folder / "config.yaml").is_file():
-        arguments = ["resume", str(folder)]
-    else:
-        config = folder.with_name(f"{name}.yaml")  # not `with_suffix`: a name may hold a dot
-        write_text(config, yaml.safe_dump({**values, "output_dir": str(folder)}))
-        arguments = ["train", str(config)]
-    document = json.loads(_lcia(name, arguments, jobs))
+        return ("resume", str(folder))
+    config = folder.with_name(f"{name}.yaml")  # not `with_suffix`: a name may hold a dot
+    write_text(config, yaml.safe_dump({**values, "output_dir": str(folder)}))
+    return ("train", str(config))
+
+
+def _keep(study: str, name: str, values: Mapping[str, Any]) -> None:
+    folder = run_folder(study, name)
+    document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     document["config"] = dict(values)
     last = folder / "predictions" / str(len(document["tasks"]))
     document["row_scores"] = {task: _scores(last / f"{task}.jsonl") for task in document["tasks"]}
@@ -104,15 +117,6 @@ def _scores(predictions: Path) -> dict[str, float]:
     """{row's id: score}: what tests over rows need."""
     lines = predictions.read_text(encoding="utf-8").splitlines()
     return {record["id"]: record["score"] for record in map(json.loads, lines)}
-
-
-def _lcia(name: str, arguments: list[str], jobs: int) -> str:
-    """What `lcia ARGUMENTS --json` prints, with its share of the cores."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    print(f"{name}: lcia {arguments[0]}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "lcia", *arguments, "--json"]
-    return subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def _branch(source: Path, target: Path, method: Any) -> None:
@@ -157,5 +161,7 @@ def paired_p(values: Sequence[float], reference: Sequence[float]) -> str:
     differences = np.asarray(values) - np.asarray(reference)
     if not differences.any():
         return "same runs"
-    p = float(stats.ttest_rel(values, reference).pvalue)
+    p = paired_t_test(differences)
+    if p is None:  # no spread over the seeds: the test is not defined
+        return f"{differences.mean():+.1f} in each seed"
     return f"{differences.mean():+.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"

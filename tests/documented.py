@@ -14,7 +14,7 @@ from lcia.methods import METHODS
 from lcia.methods.base import Method
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "add-a-method.md"
-MODULE = "lcia.methods.stay_close"
+MODULE = "lcia.methods.wise_ft"
 
 
 def blocks() -> dict[str, str]:
@@ -33,9 +33,9 @@ def run_block(name: str, module: str) -> dict[str, Any]:
 def import_documented(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
     """Make the page's module importable; nothing is registered yet."""
     module = ModuleType(MODULE)
-    vars(module).update(run_block("src/lcia/methods/stay_close.py", MODULE))
+    vars(module).update(run_block("src/lcia/methods/wise_ft.py", MODULE))
     monkeypatch.setitem(sys.modules, MODULE, module)
-    found: type[Method] = module.StayClose
+    found: type[Method] = module.WiseFT
     return found
 
 

@@ -102,6 +102,7 @@ def make_run(
             "evaluations_reused": 12 if grouped else 0,
             "peak_memory_mib": 2310.4,
             "trained_parameters": 4_884_480 if trained else 0,
+            "stored_parameters": 4_884_480 * len(set(groups.values())) if trained else 0,
         },
         "versions": {"lcia": "0.1.0", "torch": "2.9.0", "transformers": "5.10.0"},
         "date": f"2025-01-0{seed % 9 + 1}T12:00:00Z",

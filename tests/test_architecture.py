@@ -11,7 +11,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lcia"
 
 # Each part may import itself and what stands before it.
 ORDER = [
-    {"errors", "files", "seeds", "machine", "progress"},
+    {"errors", "files", "seeds", "machine", "processes"},
+    {"progress"},
     {"stream"},
     {"grouping"},
     {"backbone"},
@@ -23,7 +24,7 @@ ORDER = [
     {"training"},
     {"evaluation"},
     {"run_folder"},
-    {"results"},
+    {"results", "remarks"},
     {"session"},
     {"learning", "measuring"},
     {"init_stage"},
@@ -33,7 +34,8 @@ ORDER = [
     {"answering", "export"},
     {"report"},
     {"serve"},
-    {"demo", "bench"},
+    {"demo", "bench", "jobs"},
+    {"bench_list"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -240,6 +240,43 @@ def test_what_is_no_run_is_left_out_and_told_by_name(lcia, tmp_path) -> None:
     assert lcia("compare", file)[0] == 2
 
 
+def test_compare_writes_a_page_beside_the_runs(lcia, tmp_path, monkeypatch) -> None:
+    from report_runs import make_run
+
+    runs = [make_run(tmp_path / "runs" / method, method, ("a", "b")) for method in ("lora", "lcia")]
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = make_run(tmp_path / "elsewhere" / "ewc", "ewc", ("a", "b"))
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = lcia("compare", *runs)
+    assert code == 0
+    assert "Avg.ACC" in out
+    assert "report: runs/comparison.html" in out
+    first = (tmp_path / "runs" / "comparison.html").read_text()
+    assert "lora" in first
+
+    code, out, _ = lcia("compare", *sorted((tmp_path / "runs").iterdir()), "--json")  # as `runs/*` gives it now
+    assert code == 0
+    document = json.loads(out)
+    assert (document["report"], document["runs_compared"]) == ("runs/comparison.html", 2)
+    assert document["runs_left_out"] == []  # the page and its figures are its own
+
+    code, out, _ = lcia("compare", *runs, elsewhere)  # no folder holds them all
+    assert code == 0
+    assert "report: comparison.html" in out
+    assert (tmp_path / "comparison.html").is_file()
+
+    code, out, _ = lcia("compare", *runs, "--out", tmp_path / "elsewhere" / "mine.html", "--json")
+    assert code == 0
+    assert json.loads(out)["report"] == str(tmp_path / "elsewhere" / "mine.html")
+
+    (tmp_path / "comparison.html").unlink()
+    monkeypatch.setattr("os.access", lambda folder, mode: Path(folder) != tmp_path / "runs")
+    code, out, _ = lcia("compare", *runs)
+    assert code == 0
+    assert "report: comparison.html" in out
+    assert (tmp_path / "comparison.html").is_file()
+
+
 def test_bad_usage_exits_with_2(lcia) -> None:
     assert lcia("trian")[0] == 2
     assert lcia("train")[0] == 2

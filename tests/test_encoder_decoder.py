@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from lcia.export import export_run
 from lcia.methods import METHODS
 from lcia.progress import Reporter
 from lcia.run import resume, train
-from lcia.run_folder import RunFolder
 from lcia.session import open_run
 from lcia.stream import Row
 from lcia.training import TaskTrainer
+from test_method_penalties import learned
+from test_method_pgp import RUN, leaks
 
 QUESTIONS = [("what is it", "red"), ("a much longer question, to force padding", "a longer answer"), ("x", "y")]
 
@@ -214,36 +214,42 @@ class Killed(Exception):
     """Stands for the process dying inside a task."""
 
 
-@pytest.mark.parametrize("method", ["lora", "lcia", "adapter_cl"])
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"zero_shot", "eproj"}))  # no step; a model that sees
 def test_an_interrupted_task_goes_on_to_the_same_result(
     t5_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    settings = {"method": method, "max_steps": 4, "save_steps": 2}
+    """Weights, state, counted passes and scores. Methods make and read batches without knowing whom they serve."""
+    settings = {"method": method, "max_steps": 2, "save_steps": 1, "max_eval_examples": 1}
     whole = measure(t5_config(output_dir=str(tmp_path / "whole"), **settings))
+    assert None not in whole["matrix"][-1]
     original, steps = TaskTrainer.compute_loss, 0
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 8:  # the second task's fourth step
+        if steps == 4:  # the second task's second step, or the last of all tasks' only stage
             raise Killed
         return original(*args, **kwargs)
 
     monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
     with pytest.raises(Killed):
         measure(t5_config(output_dir=str(tmp_path / "cut"), **settings))
+    (checkpoint,) = (tmp_path / "cut" / "state").glob("checkpoint-*")
+    assert checkpoint.name == ("checkpoint-3" if method == "multi_task" else "checkpoint-1")
     monkeypatch.setattr(TaskTrainer, "compute_loss", original)
     with Reporter() as reporter:
         resumed = resume(tmp_path / "cut", reporter)
-    kept = [copy.deepcopy(results) for results in (whole, resumed)]
-    for results in kept:
+    for results in (whole, resumed):
         del results["cost"], results["date"]
-    assert kept[0] == kept[1]
-    hashes = [
-        [record["sha256"] for record in RunFolder(tmp_path / name).records("stage_learned")]
-        for name in ("whole", "cut")
-    ]
-    assert hashes[0] == hashes[1]
+    assert resumed == whole
+    assert learned(tmp_path / "cut") == learned(tmp_path / "whole")
+
+
+def test_pgp_moves_nothing_in_the_subspace_it_protects(t5_config: Callable[..., Any]) -> None:
+    """In the encoder, which reads the request, as in the decoder, which reads the answer and what was encoded."""
+    config = t5_config(**RUN, method={"name": "pgp", "energy": 0.7})
+    measure(config)
+    assert max(leaks(Path(config.output_dir), "shared", "colours", "paints")) < 1e-5
 
 
 def test_accumulated_micro_batches_are_one_batch(t5_config: Callable[..., Any], tmp_path: Path, tiny_t5: Path) -> None:
@@ -273,13 +279,3 @@ def test_accumulated_micro_batches_are_one_batch(t5_config: Callable[..., Any], 
         pools.append(load_file(tmp_path / name / "pool" / "shared" / "adapter_model.safetensors"))
     for key, weight in pools[0].items():
         torch.testing.assert_close(weight, pools[1][key], atol=1e-6, rtol=1e-4)
-
-
-OTHERS = sorted(set(METHODS) - {"zero_shot", "lora", "lcia", "multi_task", "eproj"})  # eproj needs a model that sees
-
-
-@pytest.mark.parametrize("method", OTHERS)
-def test_other_methods_learn_on_it(t5_config: Callable[..., Any], method: str) -> None:
-    """Methods make and read batches without knowing which kind of model they serve."""
-    results = measure(t5_config(method=method, max_eval_examples=1, max_steps=2))
-    assert None not in results["matrix"][2]

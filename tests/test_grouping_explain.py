@@ -157,7 +157,7 @@ def test_space_and_a_full_stop_do_not_change_a_sentence() -> None:
 @needs_encoder
 def test_loading_the_encoder_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     sentence_module.load_encoder.cache_clear()
-    sentence_module.load_encoder()
+    sentence_module.load_encoder(sentence_module.MINILM)
     assert capfd.readouterr().out == ""
 
 

@@ -18,6 +18,7 @@ from lcia import training
 from lcia.adapters.bottleneck import Bottleneck
 from lcia.answering import answer_requests
 from lcia.backbone import Backbone, answer_logits, collate, encode_row, load_backbone
+from lcia.backbone.chat import IGNORED
 from lcia.errors import UserError
 from lcia.methods import adapter_cl, build_method
 from lcia.methods.adapter_cl import AdapterCL
@@ -239,7 +240,7 @@ def batch_of(method: AdapterCL) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Rows with answers of different lengths, and the batch they make."""
     rows = [request(text, answer) for text, answer in zip(TEXTS, ANSWERS, strict=True)]
     encoded = [encode_row(method.backbone.tokenizer, row) for row in rows]
-    return encoded, collate(encoded, method.backbone.reader.pad_id)
+    return encoded, {**collate(encoded, method.backbone.reader.pad_id), "rows": torch.tensor(float(len(encoded)))}
 
 
 def test_the_loss_gets_the_mean_log_perplexity_of_the_requests_without_their_answers(method) -> None:
@@ -257,6 +258,30 @@ def test_the_loss_gets_the_mean_log_perplexity_of_the_requests_without_their_ans
         name for name, value in method.pool.model.named_parameters() if value.grad is not None and value.grad.any()
     }
     assert moved == set(method.pool.parameters("second"))
+
+
+def test_unequal_micro_batches_weigh_their_rows(method) -> None:
+    """A step of 4 rows and then 2: what the trainer halves is the mean over all 6 of them."""
+    encoded, _ = batch_of(method)
+    begin(method, "second")
+    pad_id, rows = method.backbone.reader.pad_id, torch.tensor(3.0)  # on average
+    parts = [method.penalty({**collate(part, pad_id), "rows": rows}) for part in (encoded[:4], encoded[4:])]
+    model = in_float64(method, "second")
+    values = [plain_log_perplexity(model, row.prompt + row.answer, until=len(row.prompt)) for row in encoded]
+    assert sum(part.item() for part in parts) / 2 == pytest.approx(sum(values) / 6, rel=1e-5)
+    unweighted = (sum(values[:4]) / 4 + sum(values[4:]) / 2) / 2
+    assert unweighted != pytest.approx(sum(values) / 6, rel=1e-4)
+
+
+def test_a_question_between_answers_is_no_part_of_the_request(method) -> None:
+    """Nothing behind the first answer's first token is, learned or not."""
+    _, batch = batch_of(method)
+    begin(method, "second")
+    whole = method.penalty(batch)
+    labels = batch["labels"].clone()
+    longest = (labels != IGNORED).sum(1).argmax()
+    labels[longest, -4:-2] = IGNORED
+    assert torch.equal(method.penalty({**batch, "labels": labels}), whole)
 
 
 def test_without_weight_there_is_no_second_pass(method) -> None:

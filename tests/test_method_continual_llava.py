@@ -13,21 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
+from conftest import byte_tokenizer
 from lcia.adapters import stack_name
 from lcia.adapters.increments import IncrementPool, shares
 from lcia.adapters.targets import attention_outputs
 from lcia.answering import answer_requests
-from lcia.backbone import Backbone, Encoded, answer_logits, load_backbone, told
+from lcia.backbone import Backbone, Encoded, answer_logits, encode_row, load_backbone, told
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
-from lcia.methods import build_method
+from lcia.grouping.sentence import encode, load_encoder
+from lcia.methods import Placement, Training, build_method
 from lcia.methods.continual_llava import train_keys
 from lcia.progress import Reporter
 from lcia.run import resume, train
 from lcia.run_folder import RunFolder
-from lcia.session import open_run
+from lcia.session import load_run_stream, open_run
 from lcia.stream import Row, load_stream
 from lcia.training import TaskTrainer
 from test_module_pool import TINY, tiny
@@ -42,9 +45,9 @@ def measure(config: Any) -> dict[str, Any]:
         return train(config, reporter)
 
 
-def made_up(text: str) -> np.ndarray[Any, Any]:
-    """A vector for any text, as a sentence encoder has one."""
-    return np.random.default_rng(sum(map(ord, text))).normal(size=WIDTH).astype(np.float32)
+def made_up(row: Encoded) -> np.ndarray[Any, Any]:
+    """A vector for any instruction, as a sentence encoder has one."""
+    return np.random.default_rng(sum(map(ord, row.instruction))).normal(size=WIDTH).astype(np.float32)
 
 
 def make_pool(backbone: Backbone, names: Sequence[str] = ("a", "b", "c"), one_pool: bool = False) -> IncrementPool:
@@ -77,6 +80,35 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_t5:
 @pytest.fixture
 def backbone(folders: dict[str, Path]) -> Backbone:
     return load_backbone(str(folders["llama"]), dtype="float32")
+
+
+def save_encoder(folder: Path, seed: int = 0) -> Path:
+    """A random one-layer BERT without a pooler. Its vectors differ as widely as random ones can."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=42,
+        initializer_range=1.0,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+def forget_encoders() -> None:
+    """As a new process would."""
+    load_encoder.cache_clear()
+    encode.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +301,7 @@ def test_a_row_that_chooses_nothing_is_the_base_models_bit_for_bit(folders, rows
     directions = dict.fromkeys(row.instruction for row in rows)
     for text, direction in zip(directions, np.eye(WIDTH, dtype=np.float32), strict=False):
         directions[text] = direction
-    backbone.reader.query = directions.__getitem__
+    backbone.reader.query = lambda row: directions[row.instruction]
     for name in pool.names:
         pool.choice(name).keys.copy_(-torch.eye(WIDTH)[1])
     pool.choice("a").keys[0] = torch.eye(WIDTH)[0]
@@ -292,7 +324,7 @@ def test_a_request_like_a_tasks_rows_is_answered_by_what_that_task_trained(backb
     pool = make_pool(backbone)
     for i, name in enumerate(pool.names):
         pool.choice(name).keys.copy_(torch.eye(WIDTH)[i] + 0.01 * torch.arange(15.0).reshape(SLOTS, WIDTH))
-    backbone.reader.query = lambda text: np.eye(WIDTH, dtype=np.float32)[1]
+    backbone.reader.query = lambda row: np.eye(WIDTH, dtype=np.float32)[1]
     batch = backbone.reader.collate(encoded(backbone, rows))
     found = []
     for active in ("b", "a+b", "a+b+c"):
@@ -315,31 +347,117 @@ def test_a_model_called_without_queries_says_so(backbone) -> None:
 # --- the pool
 
 
-def test_only_the_tasks_own_slots_and_weights_train(backbone, rows) -> None:
+def test_only_the_tasks_own_parameters_are_trained(backbone) -> None:
     pool = make_pool(backbone)
-    before = {name: pool.sha256(name) for name in ("a", "b")}
     mine = pool.train_only("c")
     assert len(mine) == 2 * 2 + 1  # A and B of two layers, and w
-    optimizer = torch.optim.SGD(mine.values(), lr=0.1)
-    answer_logits(pool.model, backbone.reader.collate(encoded(backbone, rows)))[0].square().sum().backward()
-    assert all(value.grad is not None and value.grad.any() for value in mine.values())
-    optimizer.step()
-    assert {name: pool.sha256(name) for name in ("a", "b")} == before
+    assert {name for name, value in pool.model.named_parameters() if value.requires_grad} == set(mine)
 
 
-def test_a_new_adapter_is_the_base_model_bit_for_bit_and_its_keys_are_directions(backbone, rows) -> None:
+@pytest.mark.parametrize("one_pool", [False, True])
+def test_earlier_increments_take_part_and_get_no_gradient(backbone, rows, one_pool) -> None:
+    """stop_grad(Z̄): even where everything asks for gradients, the layers beneath included."""
+    pool = make_pool(backbone, one_pool=one_pool)
+    pool.model.requires_grad_(True)
     batch = backbone.reader.collate(encoded(backbone, rows))
-    base, _ = answer_logits(backbone.model, batch)
-    pool = make_pool(backbone, names=())
-    pool.add("a")
-    assert pool.choice("a").keys.norm(dim=1).tolist() == pytest.approx([1.0] * SLOTS)
+    found = []
+    for weight in (1.0, 0.0):
+        context = pool.choice("c").context
+        assert context is not None
+        context.data.fill_(weight)
+        with pool.active("c"):
+            found.append(answer_logits(pool.model, batch)[0])
+    assert (found[0] - found[1]).abs().max() > 1e-2  # Z̄ counts
+    found[0].square().sum().backward()
+    for name in ("a", "b"):
+        assert not any(value.grad is not None and value.grad.any() for value in pool.parameters(name).values())
+    assert all(value.grad is not None and value.grad.any() for value in pool.parameters("c").values())
+
+
+def test_slots_that_no_row_chose_get_no_gradient(backbone, rows) -> None:
+    """Two rows with two choices, of three slots: each row's loss reaches its own, and both together their union."""
+    pool = make_pool(backbone)
+    pool.choice("c").keys.copy_(torch.eye(SLOTS, WIDTH))
+    choices = [{0}, {2}]
+    asked = [replace(row, instruction=str(*choice)) for row, choice in zip(rows[:2], choices, strict=True)]
+    backbone.reader.query = lambda row: np.eye(WIDTH, dtype=np.float32)[int(row.instruction)]
+    batch = backbone.reader.collate(encoded(backbone, asked))
+    mine = pool.train_only("c")
+    for meant in ([0], [1], [0, 1]):
+        pool.model.zero_grad()
+        logits, _ = answer_logits(pool.model, batch)
+        first = int((batch["labels"][0] != -100).sum())  # answer tokens of row 0
+        sum(part.square().sum() for i, part in enumerate((logits[:first], logits[first:])) if i in meant).backward()
+        expected = set().union(*(choices[i] for i in meant))
+        for name, value in mine.items():
+            if name.endswith(".context"):
+                continue
+            assert value.grad is not None
+            grad = value.grad if name.endswith(".A") else value.grad.T  # (S R, features)
+            reached = grad.unflatten(0, (SLOTS, RANK)).flatten(1).any(1)  # (S,)
+            assert {s for s in range(SLOTS) if reached[s]} == expected, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_adapter_is_the_base_model_bit_for_bit_and_its_keys_are_directions(folders, rows, dtype) -> None:
+    backbone = load_backbone(str(folders["llama"]), dtype=dtype)
+    backbone.reader.query = made_up
     batch = backbone.reader.collate(encoded(backbone, rows))
-    with pool.active("a"), torch.no_grad():
-        torch.testing.assert_close(answer_logits(pool.model, batch)[0], base, rtol=1e-4, atol=1e-5)
-    with pool.active(None), torch.no_grad():
-        expected = answer_logits(pool.model, batch)[0]
-    with pool.active("a"), torch.no_grad():
-        assert torch.equal(answer_logits(pool.model, batch)[0], expected)
+    with torch.no_grad():
+        base, _ = answer_logits(backbone.model, batch)  # no pool has touched it
+        pool = make_pool(backbone, names=())
+        pool.add("a")
+        assert pool.choice("a").keys.norm(dim=1).tolist() == pytest.approx([1.0] * SLOTS)
+        for active in ("a", None):
+            with pool.active(active):
+                assert torch.equal(answer_logits(pool.model, batch)[0], base)
+        fill(pool, "a")
+        with pool.active("a"):
+            assert not torch.equal(answer_logits(pool.model, batch)[0], base)
+
+
+@pytest.mark.parametrize("model", ["llama", "t5", "llava"])
+def test_checkpointed_activations_give_the_same_gradients(folders, rows, model) -> None:
+    """A layer that is computed again in the backward pass still mixes what each of the rows asks."""
+    backbone = load_backbone(str(folders[model]), dtype="float32")
+    pool = make_pool(backbone)
+    batch = backbone.reader.collate(encoded(backbone, rows))
+    mine = pool.train_only("c")
+    calls = 0
+
+    def count(module: torch.nn.Module, inputs: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    for layer in attention_outputs(pool.model, "tiny").values():
+        layer.register_forward_pre_hook(count)
+    found, called = [], []
+    pool.model.train()  # else nothing is computed again
+    for checkpointing in (False, True):
+        torch.manual_seed(0)  # T5 drops out
+        if checkpointing:
+            pool.model.activation_checkpointing_enable()
+        pool.model.zero_grad()
+        before = calls
+        answer_logits(pool.model, batch)[0].square().sum().backward()
+        called.append(calls - before)
+        found.append({name: value.grad.clone() for name, value in mine.items() if value.grad is not None})
+    assert called[1] == 2 * called[0]
+    assert found[0].keys() == found[1].keys() == mine.keys()
+    for name, gradient in found[0].items():
+        assert gradient.any(), name
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_checkpoints_that_would_go_back_through_the_mixture_twice_are_refused(backbone, rows) -> None:
+    pool = make_pool(backbone)
+    pool.train_only("c")
+    pool.model.train()
+    pool.model.enable_input_require_grads()
+    pool.model.activation_checkpointing_enable({"use_reentrant": True})
+    batch = backbone.reader.collate(encoded(backbone, rows))
+    with pytest.raises(UserError, match=r"'activation_checkpointing_kwargs'.* use_reentrant: true cannot"):
+        answer_logits(pool.model, batch)
 
 
 def test_what_is_saved_computes_the_same_in_a_new_pool(folders, rows, tmp_path) -> None:
@@ -415,6 +533,8 @@ def test_cross_attention_counts_and_the_vision_tower_does_not(folders) -> None:
         ({"chosen": 9}, "chosen must be at most slots = 8, got 9"),
         ({"rank": 1.5}, "rank must be a whole number"),
         ({"candidates": "some"}, "candidates must be own or all"),
+        ({"query": "image"}, "query must be text or instruction"),
+        ({"encoder": 3}, "encoder must be minilm, a folder or a hub id, got 3"),
         ({"context_start": 1.1}, "context_start must be a number from 0 to 1"),
         ({"key_learning_rate": 0}, "key_learning_rate must be a number above 0"),
     ],
@@ -428,8 +548,9 @@ def test_a_bad_option_is_refused_by_name(options, message) -> None:
 
 
 @pytest.mark.parametrize("candidates", ["own", "all"])
-def test_a_run_adds_an_adapter_a_task_and_all_of_them_answer(tiny_config, candidates) -> None:
-    config = tiny_config(method={"name": "continual_llava", "candidates": candidates})
+def test_a_run_adds_an_adapter_a_task_and_all_of_them_answer(tiny_config, encoder, candidates) -> None:
+    options = {"candidates": candidates, "encoder": encoder, "query": "instruction"}
+    config = tiny_config(method={"name": "continual_llava", **options})
     results = measure(config)
     folder = Path(config.output_dir)
     tasks = results["tasks"]
@@ -437,7 +558,7 @@ def test_a_run_adds_an_adapter_a_task_and_all_of_them_answer(tiny_config, candid
     assert results["routing"]["accuracy"] == 100.0
     assert results["routing"]["confusion"]["colours"] == {stack_name(tasks): 4}
     assert results["cost"]["adapters_stored"] == 3
-    assert results["cost"]["numbers_stored"] == 3 * (8 * 384 + 8)
+    assert results["cost"]["numbers_stored"] == 3 * (8 * 16 + 8)
     hashes = [record["sha256"] for record in RunFolder(folder).records("stage_learned")]
     assert hashes[0]["colours"] == hashes[1]["colours"] == hashes[2]["colours"]
     saved = {task: load_file(folder / "pool" / task / "weights.safetensors") for task in tasks}
@@ -448,7 +569,7 @@ def test_a_run_adds_an_adapter_a_task_and_all_of_them_answer(tiny_config, candid
     )
     for weights in saved.values():
         assert weights["model.used"].sum() == pytest.approx(1)
-        assert (weights["model.used"] > 0).sum() == 4  # one instruction, M slots
+        assert 1 <= (weights["model.used"] > 0).sum() <= 4  # one instruction: M slots, less those that point away
         unchosen = (weights["model.used"] == 0).repeat_interleave(8)
         if candidates == "own":
             assert not weights[f"{layer}.B"][:, unchosen].any()
@@ -463,8 +584,82 @@ def test_a_run_adds_an_adapter_a_task_and_all_of_them_answer(tiny_config, candid
     assert {one.group for one in answer} == {stack_name(tasks)}
 
 
-def test_weights_of_earlier_tasks_stay_within_their_range(tiny_config) -> None:
-    config = tiny_config(method={"name": "continual_llava", "context_start": 1.0}, learning_rate=0.3, max_steps=6)
+@pytest.mark.parametrize("query", ["text", "instruction"])
+def test_rows_of_one_instruction_choose_different_slots_by_their_text(tiny_config, encoder, query) -> None:
+    options = {"encoder": encoder, "query": query, "chosen": 2}
+    config = tiny_config(method={"name": "continual_llava", **options}, tasks=["colours"])
+    measure(config)
+    session = open_run(Path(config.output_dir))
+    task = load_run_stream(config)[0]
+    assert len({row.instruction for row in task.train}) == 1
+    asked = [session.backbone.reader.encode(row) for row in task.train]
+    assert isinstance(session.pool, IncrementPool)
+    choice = session.pool.choice("colours")
+    found = shares(session.backbone.reader.collate(asked)["query"], choice.keys, 2)  # (n, S)
+    choices = {tuple(row.nonzero().flatten().tolist()) for row in found}
+    assert (len(choices) > 1) == (query == "text")
+    torch.testing.assert_close(choice.used, found.mean(0))  # Z̄: over rows, what each of them chose
+    used = choice.used > 0
+    assert (used.sum() > 2) == (query == "text")
+    b = load_file(Path(config.output_dir) / "pool" / "colours" / "weights.safetensors")[
+        "model.layers.0.self_attn.o_proj.B"
+    ]
+    trained = b.T.unflatten(0, (8, 8)).flatten(1).any(1)  # (S,)
+    assert not trained[~used].any()
+    assert trained[used].any()
+
+
+def test_the_query_is_that_of_the_last_user_turn_or_of_the_instruction(backbone, encoder) -> None:
+    turns = (("system", "Be kind"), ("user", "First"), ("assistant", "Yes"), ("user", "A cat\nName it"))
+    row = Row("1", "Name it", turns, ("cat",))
+    conversation = replace(row, every_answer=True)  # one mixture for all its answers: that of its first question
+    cases = [("text", row, "A cat\nName it"), ("instruction", row, "Name it"), ("text", conversation, "First")]
+    for query, asked, text in cases:
+        assert query == "instruction" or asked.user_text == text  # what stage 1 takes
+        method = build_method([("continual_llava", {"encoder": encoder, "query": query})])
+        method.attach(method.make_pool(backbone, {}, 0), backbone)
+        for ids in (backbone.reader.encode(asked), encode_row(backbone.reader.chat, asked)):
+            found = backbone.reader.collate([ids])["query"]
+            assert torch.equal(found, torch.tensor(encode(text, encoder))[None])
+
+
+def test_the_order_of_rows_in_the_key_stage_is_drawn_from_the_runs_seed(folders, encoder, tiny_stream) -> None:
+    task = load_stream(str(tiny_stream))[0]
+    found = []
+    for seed in (0, 0, 1):
+        backbone = load_backbone(str(folders["llama"]), dtype="float32")
+        method = build_method([("continual_llava", {"encoder": encoder, "key_batch_size": 3, "chosen": 2})])
+        pool = method.make_pool(backbone, {}, seed)
+        method.attach(pool, backbone)
+        assert isinstance(pool, IncrementPool)
+        pool.add("colours")
+        keys = pool.choice("colours").keys
+        keys.copy_(torch.eye(8, 16))  # which depend on the seed as well
+        parameters = pool.train_only("colours")
+        optimizer = torch.optim.SGD(parameters.values())
+        placement = Placement("colours", is_new=True)
+        method.begin(Training(task, placement, task.train, parameters, pool.model, optimizer, 1, 1))
+        found.append(keys.clone())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_a_run_with_checkpointed_activations_learns_the_same(tiny_config, encoder, tmp_path) -> None:
+    options = {"method": {"name": "continual_llava", "encoder": encoder}, "tasks": ["colours", "animals"]}
+    measure(tiny_config(**options, output_dir=str(tmp_path / "plain")))
+    measure(tiny_config(**options, output_dir=str(tmp_path / "again"), activation_checkpointing=True))
+    for task in options["tasks"]:
+        kept, found = (
+            load_file(tmp_path / name / "pool" / task / "weights.safetensors") for name in ("plain", "again")
+        )
+        assert kept.keys() == found.keys()
+        for name, value in kept.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_of_earlier_tasks_stay_within_their_range(tiny_config, encoder) -> None:
+    options = {"encoder": encoder, "context_start": 1.0}
+    config = tiny_config(method={"name": "continual_llava", **options}, learning_rate=0.3, max_steps=6)
     measure(config)
     pool = open_run(Path(config.output_dir)).pool
     assert isinstance(pool, IncrementPool)
@@ -482,8 +677,9 @@ def test_the_answers_kept_for_later_know_the_instruction(backbone, rows) -> None
 
 
 @pytest.mark.parametrize("candidates", ["own", "all"])
-def test_a_kill_inside_a_task_changes_nothing(tiny_config, monkeypatch, tmp_path, candidates) -> None:
-    options = {"method": {"name": "continual_llava", "candidates": candidates}, "save_steps": 1}
+def test_a_kill_inside_a_task_changes_nothing(tiny_config, encoder, monkeypatch, tmp_path, candidates) -> None:
+    method = {"name": "continual_llava", "candidates": candidates, "encoder": encoder}
+    options: dict[str, Any] = {"method": method, "save_steps": 1}
     options["tasks"] = ["colours", "animals"]
     whole, cut = (tiny_config(**options, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
     measure(whole)
@@ -514,13 +710,100 @@ def test_a_kill_inside_a_task_changes_nothing(tiny_config, monkeypatch, tmp_path
     assert len(files[0]) == 2
 
 
-def test_an_adapter_is_refused_by_a_pool_that_would_compute_something_else_of_it(tiny_config) -> None:
+def test_an_adapter_is_refused_by_a_pool_that_would_compute_something_else_of_it(
+    tiny_config, encoder, tmp_path
+) -> None:
     config = tiny_config(method="continual_llava", tasks=["colours"], max_steps=1)
     measure(config)
     folder = Path(config.output_dir) / "pool" / "colours"
     settings = json.loads((folder / "method.json").read_text())["settings"]
-    assert settings == {"name": "continual_llava", "slots": 8, "chosen": 4, "rank": 8, "candidates": "own"}
+    assert len(settings.pop("encoder_sha256")) == 64
+    sizes = {"slots": 8, "chosen": 4, "rank": 8}
+    assert settings == {
+        "name": "continual_llava", **sizes, "candidates": "own", "encoder": "minilm", "query": "text"
+    }  # fmt: skip
     backbone = load_backbone(config.model, dtype="float32")
-    pool = build_method([("continual_llava", {"chosen": 3})]).make_pool(backbone, {}, 0)
+    for other in ({"chosen": 3}, {"query": "instruction"}, {"encoder": encoder}):
+        pool = build_method([("continual_llava", other)]).make_pool(backbone, {}, 0)
+        with pytest.raises(UserError, match="was trained with"):
+            pool.load("colours", folder)
+
+
+# --- the sentence encoder
+
+
+def test_an_encoders_vector_is_the_mean_over_the_tokens_that_fit(encoder) -> None:
+    tokenizer = byte_tokenizer()
+    model = BertModel.from_pretrained(encoder, add_pooling_layer=False).double().eval()
+    for text in ("Name the colour", "x" * 39, "y" * 60):  # the last is longer than the 40 tokens it reads
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:40]
+        with torch.no_grad():
+            tokens = model(torch.tensor([ids])).last_hidden_state[0].tolist()
+        mean = [sum(column) / len(tokens) for column in zip(*tokens, strict=True)]
+        length = math.sqrt(sum(value * value for value in mean))
+        assert encode(text, encoder).tolist() == pytest.approx([value / length for value in mean], abs=1e-6)
+    assert not np.allclose(encode("x" * 39, encoder), encode("x" * 40, encoder), atol=1e-6)
+
+
+def test_an_encoder_is_known_by_its_weights_and_its_tokenizer(encoder, tmp_path) -> None:
+    first = load_encoder(encoder).sha256
+    forget_encoders()
+    assert load_encoder(encoder).sha256 == first  # its pooler, which is not saved, is another one now
+    assert load_encoder(str(save_encoder(tmp_path / "same"))).sha256 == first
+    assert load_encoder(str(save_encoder(tmp_path / "other", seed=1))).sha256 != first
+    tokenizer = tmp_path / "same" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"<|end|>"', '"<|fin|>"'))
+    forget_encoders()
+    assert load_encoder(str(tmp_path / "same")).sha256 != first
+
+
+def test_what_is_no_encoder_is_refused(folders, encoder, tmp_path) -> None:
+    for name in ("minilmm", "./nothing", "a/b/c"):
+        with pytest.raises(UserError, match="no such folder, and no hub id `owner/name`; the built-in one is minilm"):
+            load_encoder(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"encoder .*empty: cannot be loaded"):
+        load_encoder(str(tmp_path / "empty"))
+    for kind in ("t5", "llava"):
+        with pytest.raises(UserError, match=f"{kind} does not turn a text alone into a vector for each token"):
+            load_encoder(str(folders[kind]))
+    part = save_encoder(tmp_path / "part")
+    weights = load_file(part / "model.safetensors")
+    weights.pop("encoder.layer.0.output.dense.weight")
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"its weights are not all there: encoder.layer.0.output.dense.weight"):
+        load_encoder(str(part))
+
+
+@pytest.mark.parametrize("killed_after", [2, 4])  # inside the first task, and inside the second
+def test_a_run_goes_on_and_answers_with_its_own_encoder_only(tiny_config, monkeypatch, tmp_path, killed_after) -> None:
+    folder = save_encoder(tmp_path / "mine")
+    method = {"name": "continual_llava", "encoder": str(folder)}
+    config = tiny_config(method=method, tasks=["colours", "animals"], save_steps=1)
+    run = Path(config.output_dir)
+    original: Callable[..., Any] = TaskTrainer.compute_loss
+    steps = 0
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > killed_after:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        measure(config)
+    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
+    save_encoder(folder, seed=1)
+    forget_encoders()
+    with Reporter() as reporter:
+        with pytest.raises(UserError, match="begun with another encoder" if killed_after == 2 else "was trained with"):
+            resume(run, reporter)
+        save_encoder(folder)
+        forget_encoders()
+        resume(run, reporter)
+    save_encoder(folder, seed=1)
+    forget_encoders()
     with pytest.raises(UserError, match="was trained with"):
-        pool.load("colours", folder)
+        answer_requests(run, [("colours item 3", "Name the colour")])

@@ -289,7 +289,8 @@ def test_a_run_trains_a_projector_per_group_and_nothing_else(see_config, model) 
     for weights in kept.values():
         assert weights.keys() == start.keys()
         assert all((weights[name] - start[name]).abs().max() > 1e-4 for name in start)
-    assert results["cost"]["trained_parameters"] == 2 * sum(value.numel() for value in start.values())
+    one = sum(value.numel() for value in start.values())
+    assert (results["cost"]["trained_parameters"], results["cost"]["stored_parameters"]) == (one, 2 * one)
     history = [projectors(folder / "history" / task) for task in results["tasks"]]
     for name in start:
         assert torch.equal(history[0]["colours"][name], history[1]["colours"][name])

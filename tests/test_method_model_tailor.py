@@ -332,7 +332,7 @@ def test_it_composes_with_groups_and_the_average_before_it(tiny_config, tmp_path
 
 
 def test_an_average_behind_it_would_bring_back_what_it_undid() -> None:
-    with pytest.raises(UserError, match="model_tailor behind the part that averages"):
+    with pytest.raises(UserError, match="write model_tailor behind lcia"):
         build_method([("model_tailor", {}), ("lcia", {})])
 
 

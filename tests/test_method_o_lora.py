@@ -258,8 +258,11 @@ def test_a_run_learns_an_adapter_per_task_and_answers_with_all(tiny_config, monk
         ["colours"],
         ["colours", "animals"],
     ]
-    trained = [record["trained_parameters"] for record in RunFolder(folder).records("stage_learned")]
-    assert trained == [trained[0], 2 * trained[0], 3 * trained[0]]
+    records = RunFolder(folder).records("stage_learned")
+    one = sum(value.numel() for value in moved.values())
+    assert [record["trained_parameters"] for record in records] == [one, one, one]
+    assert [record["stored_parameters"] for record in records] == [one, 2 * one, 3 * one]
+    assert (results["cost"]["trained_parameters"], results["cost"]["stored_parameters"]) == (one, 3 * one)
     assert results["cost"]["adapters_stored"] == 3
     assert "and summed with: colours, animals" in (folder / "pool" / "paints" / "README.md").read_text()
 

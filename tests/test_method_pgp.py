@@ -246,7 +246,7 @@ def test_wrong_options_are_refused(options, message) -> None:
 
 def test_pgp_stands_behind_the_part_that_averages() -> None:
     build_method([("lcia", {}), ("pgp", {})])
-    with pytest.raises(UserError, match="write pgp behind the part that averages"):
+    with pytest.raises(UserError, match="write pgp behind lcia"):
         build_method([("pgp", {}), ("lcia", {})])
 
 

@@ -15,6 +15,8 @@ from lcia.errors import UserError
 from lcia.report import Run, compare_runs, comparison_json, comparison_markdown, comparison_tables, load_run
 from lcia.report.compare import arrange, over_orders, pareto_front
 from lcia.report.statistics import holm
+from lcia.report.tables import cost_grid
+from lcia.seeds import stable_seed
 from report_runs import make_answered_run, make_run
 from test_report_compare import T3, made, printed
 
@@ -51,7 +53,7 @@ def test_a_single_run_has_a_bootstrap_interval_labelled_as_one(tmp_path: Path) -
     shown = f"{found['mean']:.2f} [{found['interval']['low']:.1f}, {found['interval']['high']:.1f}]"
     text = comparison_markdown(runs)
     assert shown in text
-    assert "95 % bootstrap interval over the test rows of a single run (2,000 resamples" in text
+    assert "95 % bootstrap interval over test rows (2,000 resamples" in text
     assert "over seeds." not in text
     assert shown.split(" ")[0] in printed(comparison_tables(runs)[0])
 
@@ -69,14 +71,73 @@ def test_the_interval_is_about_as_wide_as_theory_says(tmp_path: Path) -> None:
     assert run.bootstrap.intervals["forgetting"] == (0.0, 0.0)  # nothing changed, whatever the rows
 
 
-def test_several_seeds_have_the_t_interval_and_no_bootstrap(tmp_path: Path) -> None:
+def test_several_seeds_have_the_t_interval_and_the_bootstrap(tmp_path: Path) -> None:
     runs = [answered(tmp_path, "lora", seed) for seed in (0, 1, 2)]
     (series,) = comparison_json(runs)["comparisons"][0]["series"]
     found = series["metrics"]["avg_acc"]
     assert found["interval"]["over"] == "seeds"
     assert found["interval"]["high"] - found["mean"] == pytest.approx(found["half_width"])
-    assert "bootstrap" not in comparison_markdown(runs)
-    assert series["no_interval"] is None
+    rows = found["row_interval"]
+    assert rows["over"] == "test rows"
+    assert rows["low"] < found["mean"] < rows["high"]
+    assert series["no_row_interval"] is None
+    shown = f"{found['mean']:.2f} ± {found['half_width']:.2f} [{rows['low']:.1f}, {rows['high']:.1f}]"
+    text = comparison_markdown(runs)
+    assert shown in text
+    assert "± half width of the 95 % t-interval over seeds; [low, high]: 95 % bootstrap interval over test rows" in text
+    table = printed(comparison_tables(runs)[0])
+    assert all(
+        part in table for part in (f"{found['mean']:.2f}", f"± {found['half_width']:.2f}", shown[shown.index("[") :])
+    )
+
+
+def test_the_bootstrap_of_several_seeds_is_that_of_their_mean(tmp_path: Path) -> None:
+    """A resample has the same rows in all seeds; forgetting's maximum is each seed's own, as in the number shown."""
+    random = np.random.default_rng(5)
+    per_seed = [
+        {
+            (row, task): [float(x) for x in random.integers(0, 2, n)]
+            for row in range(4)
+            for task, n in zip(T3, (7, 9, 4), strict=True)
+        }
+        for _ in range(3)
+    ]
+    runs = [answered(tmp_path, "lora", seed, answers=answers) for seed, answers in enumerate(per_seed)]
+    (series,) = arrange(runs)[0].series
+
+    drawn = {
+        task: np.random.default_rng(stable_seed(0, "bootstrap", task)).multinomial(n, [1 / n] * n, size=2000)
+        for task, n in zip(T3, (7, 9, 4), strict=True)
+    }
+    averages, forgotten = [], []
+    for b in range(2000):
+        matrices = []
+        for answers in per_seed:
+            matrix = [[0.0] * 3 for _ in range(4)]
+            for (row, task), scores in answers.items():
+                total = sum(int(times) * score for times, score in zip(drawn[task][b], scores, strict=True))
+                matrix[row][T3.index(task)] = 100 * total / len(scores)
+            matrices.append(matrix)
+        averages.append(sum(sum(matrix[3]) / 3 for matrix in matrices) / 3)
+        lost = [
+            (max(matrix[1][0], matrix[2][0]) - matrix[3][0] + matrix[2][1] - matrix[3][1]) / 2 for matrix in matrices
+        ]
+        forgotten.append(sum(lost) / 3)
+    for key, values in (("avg_acc", averages), ("forgetting", forgotten)):
+        interval = series.row_interval(key)
+        assert interval is not None
+        assert [interval.low, interval.high] == pytest.approx(list(np.quantile(values, [0.025, 0.975])), abs=1e-9)
+
+
+def test_a_seed_that_answered_other_rows_takes_the_bootstrap_of_all(tmp_path: Path) -> None:
+    runs = [answered(tmp_path, "lora", 0), answered(tmp_path, "lora", 1, answers=final({task: [1.0] for task in T3}))]
+    (series,) = comparison_json(runs)["comparisons"][0]["series"]
+    assert series["metrics"]["avg_acc"]["row_interval"] is None
+    assert series["metrics"]["avg_acc"]["interval"] is not None
+    assert series["no_row_interval"] == "its seeds did not answer the same test rows"
+    (runs[1].path / "predictions/2/a.jsonl").unlink()
+    (series,) = comparison_json([runs[0], load_run(runs[1].path)])["comparisons"][0]["series"]
+    assert series["no_row_interval"] == "seed 1: no predictions of a after 2 tasks were kept"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +155,7 @@ def test_predictions_that_are_not_the_matrix_give_no_interval_and_say_why(
     damage(folder)
     (series,) = comparison_json([load_run(folder)])["comparisons"][0]["series"]
     assert series["metrics"]["avg_acc"]["interval"] is None
-    assert reason in series["no_interval"]
+    assert reason in series["no_row_interval"]
 
 
 def edit_first(path: Path, **changes: Any) -> None:
@@ -395,5 +456,25 @@ def test_front_of_avg_acc_and_cost(tmp_path: Path) -> None:
     series = arrange(runs)[0].series
     assert pareto_front(series, "train_s") == ["lora", "replay"]
     assert pareto_front(series, "examples_stored") == ["silent"]  # a method that names no examples stores none
-    assert pareto_front(series, "trained_parameters") == []
+    assert pareto_front(series, "stored_parameters") == []
     assert comparison_json(runs)["comparisons"][0]["not_dominated"]["train_s"] == ["lora", "replay"]
+
+
+def test_parameters_trained_and_stored_are_two_costs(tmp_path: Path) -> None:
+    """One adapter a task against one for all: the same training, more to store."""
+    runs = [
+        with_cost(tmp_path, "lora", 40.0, train_s=10.0, trained_parameters=1000, stored_parameters=1000),
+        with_cost(tmp_path, "o_lora", 50.0, train_s=10.0, trained_parameters=1000, stored_parameters=3000),
+        with_cost(tmp_path, "older", 60.0, train_s=10.0, trained_parameters=2000),  # one number: all adapters'
+    ]
+    series = arrange(runs)[0].series
+    assert pareto_front(series, "trained_parameters") == ["o_lora"]
+    assert pareto_front(series, "stored_parameters") == ["lora", "older"]
+    costs = [one["cost"] for one in comparison_json(runs)["comparisons"][0]["series"]]
+    means = [[one[key] and one[key]["mean"] for key in ("trained_parameters", "stored_parameters")] for one in costs]
+    assert means == [[1000.0, 1000.0], [1000.0, 3000.0], [None, 2000.0]]
+    grid = cost_grid(arrange(runs)[0])
+    columns = [grid.columns.index(name) for name in ("Trained parameters", "Stored parameters")]
+    assert [[row[i] for i in columns] for row in grid.rows] == [
+        ["1 k", "1 k"], ["1 k", "3 k"], ["not recorded", "2 k"],
+    ]  # fmt: skip

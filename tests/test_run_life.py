@@ -235,6 +235,11 @@ def test_groups_change_by_hand_with_a_reason(tiny_config) -> None:
     with Reporter() as reporter:
         merged = regroup(folder, "merge", "animals", "hues", "one is enough", reporter)
     assert set(merged["groups"].values()) == {"hues"}
+    one = sum(value.numel() for value in same.values())
+    parameters = [
+        [found["cost"][f"{kind}_parameters"] for kind in ("trained", "stored")] for found in (renamed, merged)
+    ]
+    assert parameters == [[one, 2 * one], [one, one]]
     assert [path.name for path in (folder / "pool").iterdir()] == ["hues"]
     assert open_run(folder).pool.names == ["hues"]
     reasons = [record["reason"] for record in RunFolder(folder).records("groups_changed")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from lcia.errors import UserError
 from lcia.stream import SCORERS
 from lcia.stream.boxes import iou, parse_box
-from lcia.stream.coin import TASKS, coin_accuracy
+from lcia.stream.coin import TASKS, coin_accuracy, most_common
 from lcia.stream.scorers import chosen_truth
 from lcia.stream.vqa import evalai_normalise
 
@@ -183,48 +185,79 @@ def both(task: str, prediction: str, references: list[str]) -> tuple[float, floa
 
 
 @pytest.mark.parametrize(
-    ("task", "prediction", "reference"),
+    ("task", "prediction", "reference", "released", "strict"),
     [
-        ("ScienceQA", "I see an arrow", "I"),  # the first word of one character
-        ("ScienceQA", "a dog", "A"),
-        ("ScienceQA", "It's S", "S"),
-        ("ImageNet", "", "tench"),  # an empty answer is in every name
-        ("ImageNet", "e", "tench"),
-        ("ImageNet", "a cat or a dog or a tench", "tench"),
+        # the first word of one character is the choice
+        ("ScienceQA", "I see an arrow", "I", 1, 0),
+        ("ScienceQA", "a dog", "A", 1, 0),
+        ("ScienceQA", "It's S", "S", 1, 0),
+        ("ScienceQA", "A bird is not shown, so the answer is B", "B", 0, 1),
+        ("ScienceQA", "Fig. 1 shows it: the answer is B", "B", 0, 1),
+        # one text inside the other, with case: an empty answer is in every name
+        ("ImageNet", "", "tench", 1, 0),
+        ("ImageNet", "e", "tench", 1, 0),
+        ("ImageNet", "a cat or a dog or a tench", "tench", 1, 0),
+        ("ImageNet", "tench", "great white shark, tench", 1, 0),
+        ("ImageNet", "Tench", "tench", 0, 1),
+        # full stops and case of the prediction, and nothing else
+        ("GQA", "left ", "left", 0, 1),
+        ("GQA", "Left!", "left", 0, 1),
+        ("GQA", "left", "Left", 0, 1),
+        ("GQA", '"left"', "left", 0, 1),
+        ("GQA", "the left", "left", 0, 1),
+        # case, and nothing else
+        ("VizWiz", "unsuitable.", "unsuitable", 0, 1),
+        ("VizWiz", "a keyboard", "keyboard", 0, 1),
+        ("VizWiz", "10,000", "10000", 0, 1),
+        ("VizWiz", " phone", "phone", 0, 1),
+        ("VizWiz", "dont know", "don't know", 0, 1),
+        ("VQAv2", "two", "2", 0, 1),
+        ("VQAv2", "Yes.", "yes", 0, 1),
+        ("VQAv2", "t-shirt", "t shirt", 0, 1),
+        ("VQAv2", "the left", "left", 0, 1),
+        ("VQAv2", "none", "0", 0, 1),
+        # "Unanswerable" is wrong, even where it is right; without its capital it is not noticed
+        ("OCR-VQA", "The Unanswerable Question", "The Unanswerable Question", 0, 1),
+        ("OCR-VQA", "Unanswerable", "Unanswerable", 0, 1),
+        ("OCR-VQA", "Unanswerable", "unanswerable", 0, 1),
+        ("OCR-VQA", "Unanswerable Prayers", "UNANSWERABLE PRAYERS", 0, 1),
+        ("OCR-VQA", "Essays: Unanswerable", "essays: unanswerable", 0, 1),
+        ("OCR-VQA", "unanswerable", "Unanswerable", 1, 1),
+        ("OCR-VQA", "Romance.", "Romance", 0, 1),
+        # y2 loses its last digit
+        ("Grounding", "[0.1, 0.1, 0.9, 0.19]", "[0.1, 0.1, 0.9, 0.19]", 0, 1),
+        ("Grounding", "[0.1, 0.2, 0.5, 1]", "[0.1, 0.2, 0.5, 1]", 0, 1),  # all it had
+        ("Grounding", "[0.1, 0.1, 0.5, 0.99]", "[0.1, 0.1, 0.5, 0.52]", 1, 0),  # a box too high becomes a better one
+        ("Grounding", "[0.25, 0.55, 0.75, 0.58]", "[0.25, 0.55, 0.75, 0.58]", 0, 1),  # under its own top
+        ("Grounding", "[1, 2, 30, 49]", "[1, 2, 30, 49]", 0, 1),  # and x1 its first
+        ("Grounding", "Box: [0.1, 0.2, 0.5, 0.66]", "[0.1, 0.2, 0.5, 0.66]", 0, 1),  # that of a word is a word's
     ],
 )
-def test_what_only_the_released_scorers_accept(task: str, prediction: str, reference: str) -> None:
-    assert both(task, prediction, [reference]) == (1.0, 0.0)
-
-
-def test_released_textvqa_is_no_truth_alignment() -> None:
-    """What one of ten annotators said has a part of the point; strict has one reference, what most of them said."""
-    assert both("TextVQA", "nokia", ["nokia"] + ["samsung"] * 9)[0] == pytest.approx(0.3)
-    assert both("TextVQA", "nokia", ["samsung"])[1] == 0.0
-    assert both("TextVQA", "Samsung.", ["samsung"])[1] == 1.0
+def test_every_mistake_of_the_released_scorers(
+    task: str, prediction: str, reference: str, released: int, strict: int
+) -> None:
+    assert both(task, prediction, [reference]) == (released, strict)
 
 
 @pytest.mark.parametrize(
-    ("task", "prediction", "reference"),
+    ("prediction", "answers", "released", "strict"),
     [
-        ("ScienceQA", "A bird is not shown, so the answer is B", "B"),  # the first single character is "A"
-        ("ScienceQA", "Fig. 1 shows it: the answer is B", "B"),
-        ("ImageNet", "Tench", "tench"),  # case
-        ("GQA", "left ", "left"),
-        ("GQA", "Left!", "left"),
-        ("GQA", "left", "Left"),
-        ("VizWiz", "unsuitable.", "unsuitable"),
-        ("VQAv2", "two", "2"),
-        ("OCR-VQA", "Romance.", "Romance"),
-        ("OCR-VQA", "The Unanswerable Question", "The Unanswerable Question"),  # the right answer is wrong
-        ("Grounding", "[0.1, 0.1, 0.9, 0.19]", "[0.1, 0.1, 0.9, 0.19]"),  # y2 loses its last digit: 0.1
-        ("Grounding", "[0.1, 0.2, 0.5, 1]", "[0.1, 0.2, 0.5, 1]"),  # and here all it had
-        ("Grounding", "[1, 2, 30, 49]", "[1, 2, 30, 49]"),  # x1 its first
-        ("Grounding", "Box: [0.1, 0.2, 0.5, 0.66]", "[0.1, 0.2, 0.5, 0.66]"),
+        ("nokia", {"nokia": 1, "samsung": 9}, 0.3, 0),
+        ("nokia", {"nokia": 2, "samsung": 8}, 0.6, 0),
+        ("Nokia.", {"samsung": 7, "nokia": 3}, 0.9, 0),
+        ("samsung", {"samsung": 2, **{f"other {n}": 1 for n in range(8)}}, 0.6, 1),
+        ("the Samsung", {**{f"other {n}": 1 for n in range(7)}, "samsung": 3}, 0.9, 1),
+        ("nokia", {"nokia": 4, "samsung": 6}, 1, 0),
     ],
 )
-def test_what_only_strict_scorers_accept(task: str, prediction: str, reference: str) -> None:
-    assert both(task, prediction, [reference]) == (0.0, 1.0)
+def test_released_textvqa_is_no_truth_alignment(
+    prediction: str, answers: dict[str, int], released: float, strict: int
+) -> None:
+    """What some of ten annotators said has a part of the point; strict has one reference, what most of them said."""
+    ten = [answer for answer, count in answers.items() for _ in range(count)]
+    assert len(ten) == 10
+    assert both("TextVQA", prediction, ten)[0] == pytest.approx(released)
+    assert both("TextVQA", prediction, [most_common(ten)])[1] == strict
 
 
 @pytest.mark.parametrize(
@@ -248,34 +281,81 @@ def test_what_both_accept_and_refuse(task: str, prediction: str, reference: str)
     assert both(task, prediction, []) == (0.0, 0.0)
 
 
-def test_the_released_parser_costs_perfect_boxes_about_what_was_measured() -> None:
-    """93 % on CoIN's boxes, of three decimals; two decimals lose more."""
-    draw = random.Random(0)
-    share = {}
-    for decimals in (2, 3):
-        boxes = []
-        while len(boxes) < 2000:
-            x1, x2, y1, y2 = (round(draw.random(), decimals) for _ in range(4))
-            if x2 - x1 > 0.1 and y2 - y1 > 0.1:
-                boxes.append(f"[{x1},{y1},{x2},{y2}]")
-        scores = [both("Grounding", box, [box]) for box in boxes]
-        assert all(strict == 1.0 for _, strict in scores)
-        share[decimals] = sum(released for released, _ in scores) / len(scores)
-    assert 0.8 < share[2] < 0.95 < share[3] < 1.0
+@pytest.mark.parametrize(
+    ("box", "released"),
+    [
+        # what the last digit of y2 is worth, of the box's height: half of it is too much
+        ("[0.12,0.20,0.55,0.64]", 1),  # 0.04 of 0.44
+        ("[0.12,0.20,0.55,0.29]", 0),  # 0.09 of 0.09
+        ("[0.12,0.45,0.55,0.58]", 0),  # 0.08 of 0.13
+        ("[0.12,0.45,0.55,0.56]", 0),  # 0.06 of 0.11
+        ("[0.12,0.45,0.55,0.55]", 0),  # 0.05 of 0.10: half is not enough to be left
+        ("[0.12,0.44,0.55,0.55]", 1),  # 0.05 of 0.11
+        ("[0.00,0.00,1.00,1.00]", 1),  # nothing
+        ("[0.12,0.20,0.55,0.6]", 0),  # 0.6 of 0.40: y2 is "0."
+        ("[0.12,0.20,0.55,0.639]", 1),  # 0.009 of 0.439
+        ("[0.12,0.62,0.55,0.639]", 1),  # 0.009 of 0.019
+        ("[0.12,0.622,0.55,0.639]", 0),  # 0.009 of 0.017
+    ],
+)
+def test_what_the_released_parser_costs_a_perfect_box(box: str, released: int) -> None:
+    """How many of a data set's boxes that are depends on their decimals and heights: no share is claimed."""
+    assert both("Grounding", box, [box]) == (released, 1)
 
 
-@given(st.text(max_size=30), st.text(max_size=30))
-@laws
-def test_released_rules_on_any_text(prediction: str, reference: str) -> None:
+def released_rules(prediction: str, reference: str) -> dict[str, bool]:
     """Each rule written out once more, from the scripts' own words."""
-    released = {task: both(task, prediction, [reference])[0] for task in TASKS}
-    assert released["ImageNet"] == float((reference in prediction) or (prediction in reference))
-    assert released["VizWiz"] == released["VQAv2"] == float(prediction.upper() == reference.upper())
-    equal = prediction.lower() == reference.lower() and "Unanswerable" not in prediction
-    assert released["OCR-VQA"] == float(equal)
     text = prediction.rstrip(".").lower()
     text = text[1:] if len(text) > 0 and text[0] == " " else text
-    assert released["GQA"] == float(text == reference)
+    same = prediction.upper() == reference.upper()
+    return {
+        "ImageNet": (reference in prediction) or (prediction in reference),
+        "VizWiz": same,
+        "VQAv2": same,
+        "OCR-VQA": prediction.lower() == reference.lower() and "Unanswerable" not in prediction,
+        "GQA": text == reference,
+    }
+
+
+DERIVED: dict[str, Callable[[str], str]] = {
+    "itself": str,
+    "upper": str.upper,
+    "lower": str.lower,
+    "swapped": str.swapcase,
+    "stop": "{}.".format,
+    "stops": "{}...".format,
+    "space": " {}".format,
+    "two spaces": "  {}".format,
+    "space behind": "{} ".format,
+    "inside more": "it is {} here".format,
+    "half": lambda text: text[: len(text) // 2],
+    "unanswerable before": "Unanswerable {}".format,
+    "unanswerable behind": "{} Unanswerable".format,
+}
+
+
+def test_released_rules_on_any_text() -> None:
+    """The prediction is made of the reference, so that rules say yes as well as no."""
+    said: set[tuple[str, bool]] = set()
+    on_both_sides = 0  # "Unanswerable" in prediction and reference alike: equal, and wrong
+
+    @given(
+        st.text(max_size=20) | st.sampled_from(["left", "Unanswerable Prayers", "a.b"]), st.sampled_from(list(DERIVED))
+    )
+    @laws
+    def check(reference: str, how: str) -> None:
+        nonlocal on_both_sides
+        prediction = DERIVED[how](reference)
+        for answer, target in ((prediction, reference), (prediction, prediction), (reference, prediction)):
+            expected = released_rules(answer, target)
+            for task, right in expected.items():
+                assert both(task, answer, [target])[0] == float(right), (task, answer, target)
+                said.add((task, right))
+            on_both_sides += answer == target and not expected["OCR-VQA"]
+
+    check()
+    assert said == {(task, right) for task in released_rules("", "") for right in (True, False)}
+    assert on_both_sides > 5
 
 
 @given(st.lists(st.integers(0, 1000), min_size=4, max_size=4), st.integers(2, 3))
@@ -291,15 +371,35 @@ def test_the_released_parser_in_its_own_words(numbers: list[int], decimals: int)
     assert both("Grounding", answer, [answer])[0] == float(expected)
 
 
-def test_who_is_averaged_over() -> None:
-    """Missing predictions: wrong for ScienceQA, unnoticed elsewhere; strict counts every question."""
-    references = {str(n): ["left"] for n in range(4)}
-    predictions = {"0": "left", "1": "right"}
-    assert coin_accuracy("GQA", predictions, references, "released") == 50.0
-    assert coin_accuracy("GQA", predictions, references) == 25.0
-    letters = {str(n): ["B"] for n in range(4)}
+@pytest.mark.parametrize(
+    ("task", "reference", "predictions", "released", "strict"),
+    [
+        ("GQA", "left", {"0": "left", "1": "right"}, 50, 25),
+        ("ImageNet", "tench", {"0": "tench"}, 100, 25),
+        ("VizWiz", "phone", {"1": "phone", "2": "phone", "3": "dog"}, pytest.approx(200 / 3), 50),
+        ("OCR-VQA", "Romance", {"0": "Romance", "3": "Romance"}, 100, 50),
+        ("Grounding", "[0.1, 0.1, 0.5, 0.5]", {"2": "[0.6, 0.6, 0.9, 0.9]"}, 0, 0),
+        ("VQAv2", "2", {"0": "2", "1": "2", "2": "3", "3": "3"}, 50, 50),  # nothing is missing
+        ("ScienceQA", "B", {"0": "B", "1": "C"}, 25, 25),  # the one script that counts what is missing
+    ],
+)
+def test_who_is_averaged_over(
+    task: str, reference: str, predictions: dict[str, str], released: Any, strict: float
+) -> None:
+    """Of four questions. Missing predictions are unnoticed as released, and wrong in strict."""
+    references = {str(n): [reference] for n in range(4)}
+    assert coin_accuracy(task, predictions, references, "released") == released
+    assert coin_accuracy(task, predictions, references) == strict
+
+
+def test_predictions_are_paired_by_id() -> None:
+    references = {"a": ["tench"], "b": ["goldfish"]}
     for scoring in ("released", "strict"):
-        assert coin_accuracy("ScienceQA", {"0": "B", "1": "C"}, letters, scoring) == 25.0
+        assert coin_accuracy("ImageNet", {"b": "goldfish", "a": "tench"}, references, scoring) == 100.0
+
+
+def test_predictions_that_cannot_be_averaged() -> None:
+    references = {str(n): ["left"] for n in range(4)}
     ten = {"0": ["nokia"] + ["samsung"] * 9}
     assert coin_accuracy("TextVQA", {"0": "nokia"}, ten, "released") == pytest.approx(30.0)
     with pytest.raises(UserError, match="no reference for the prediction of question '9'"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from conftest import byte_tokenizer
@@ -16,6 +18,7 @@ from lcia.backbone.layout import DECODER_ONLY, ENCODER_DECODER, Layout
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
 from lcia.stream import Row, Stream, Task
+from lcia.stream.load import SPLITS
 from lcia.stream.sources import DATA
 from lcia.stream.super_ni import super_ni_prompt
 
@@ -245,6 +248,103 @@ def test_the_data_are_found_through_the_environment(task_files: Path, monkeypatc
 def test_options_of_a_built_in_stream(task_files: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_stream({"name": "instrdialog", "path": str(task_files), **changes})
+
+
+# --- from the hub
+
+
+def mirror(folder: Path, leave_out: str = "", parts: tuple[str, ...] = ("train", "test"), **columns: Any) -> Path:
+    """Rows as in Muennighoff/natural-instructions: a row for each reference, the tasks shared out over the splits."""
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    for number, name in enumerate([*ORDERS["1"], "task1_other"]):
+        for n in range(110 + number):
+            for target in ("good", "fine") if n % 2 else ("good",):
+                row = {"task_name": name, "id": f"{name}-{n}", "definition": f"Do {name}", "inputs": f"s{n}"}
+                rows[parts[number % len(parts)]].append(row | {"targets": target})
+    for part in parts:
+        rows[part] = [row | columns for row in rows[part] if row["task_name"] != leave_out]
+    saved = {part: datasets.Dataset.from_list(found) for part, found in rows.items()}
+    datasets.DatasetDict(saved).save_to_disk(folder)
+    return folder
+
+
+def test_a_mirror_on_the_hub_is_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One data set with all tasks; asked for by its id, or as `datasets` saved it."""
+    saved = mirror(tmp_path / "saved")
+    stream = load_stream({"name": "instrdialog", "path": str(saved), "order": 2, "examples": 0})
+    assert [task.name for task in stream] == ORDERS["2"]
+    assert {task.scorer for task in stream} == {"rouge_l"}
+    for task in stream:
+        total = 110 + ORDERS["1"].index(task.name)
+        assert [row.id for row in task.test] == [f"{task.name}-{n}" for n in range(50)]  # as of its task file
+        assert [row.id for row in task.dev] == [f"{task.name}-{n}" for n in range(50, 100)]
+        assert [row.id for row in task.train] == [f"{task.name}-{n}" for n in range(100, total)]
+        assert task.instructions == (f"Do {task.name}",)
+        # rows of one id are one question with several references, so that no test row is trained on
+        assert [row.outputs for row in task.test[1:4]] == [("good", "fine"), ("good",), ("good", "fine")]
+        prompt = f"Definition: Do {task.name}.\n\nNow complete the following example -\nInput: s1.\nOutput: "
+        assert task.test[1].messages == (("user", prompt),)
+    assert stream[0].test[1].source.startswith(f"{saved}/")
+
+    asked: list[str] = []
+
+    def from_hub(name: str) -> Any:
+        asked.append(name)
+        return datasets.load_from_disk(saved)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    again = load_stream({"name": "instrdialog", "path": "owner/mirror", "order": 2, "examples": 0})
+    assert asked == ["owner/mirror"]
+    assert [(task.train, task.dev, task.test) for task in plain(again)] == [
+        (task.train, task.dev, task.test) for task in plain(stream)
+    ]
+    monkeypatch.setenv("LCIA_DATA", str(tmp_path))
+    saved.rename(tmp_path / "instrdialog")
+    assert len(load_stream({"name": "instrdialog", "examples": 0})) == 19
+
+
+def plain(stream: Stream) -> list[Task]:
+    """The tasks without where their rows were read."""
+    bare = [
+        {split: tuple(replace(row, source="") for row in getattr(task, split)) for split in SPLITS} for task in stream
+    ]
+    return [replace(task, **splits) for task, splits in zip(stream, bare, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {}, "no positive examples to show 2 of: set examples: 0"),
+        ({}, {"examples": 1}, "no positive examples to show 1 of"),
+        ({"leave_out": ORDERS["1"][4]}, {"examples": 0}, rf"has no task '{ORDERS['1'][4]}' \(1 of 19 are missing\)"),
+        (
+            {"rename": ("definition", "instruction")},
+            {"examples": 0},
+            "no column 'definition' .there are task_name, id, in",
+        ),
+        ({"rename": ("task_name", "task")}, {"examples": 0}, "no column 'task_name'"),
+        ({"targets": " "}, {"examples": 0}, "empty answer in 'output'"),
+        ({"id": "same"}, {"examples": 0}, r"saved/\w+:row \d+: the id 'same' is that of another input, at .*:row 1"),
+    ],
+)
+def test_a_data_set_that_is_no_such_mirror(
+    changes: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    saved = mirror(tmp_path / "saved", **{key: value for key, value in changes.items() if key != "rename"})
+    if "rename" in changes:
+        datasets.load_from_disk(saved).rename_column(*changes["rename"]).save_to_disk(tmp_path / "renamed")
+        saved = tmp_path / "renamed"
+    with pytest.raises(UserError, match=message):
+        load_stream({"name": "instrdialog", "path": str(saved), **options})
+
+
+def test_a_mirror_without_ids_tells_instances_by_their_input(tmp_path: Path) -> None:
+    rows = datasets.load_from_disk(mirror(tmp_path / "saved", parts=("train",)))["train"].remove_columns("id")
+    rows.save_to_disk(tmp_path / "without")
+    task = load_stream({"name": "instrdialog", "path": str(tmp_path / "without"), "examples": 0})[1]
+    assert [row.messages[0][1].split("Input: ")[1] for row in task.test[:2]] == ["s0.\nOutput: ", "s1.\nOutput: "]
+    assert [row.outputs for row in task.test[:2]] == [("good",), ("good", "fine")]
+    assert len({row.id for row in (*task.train, *task.dev, *task.test)}) == 111
 
 
 def test_a_missing_task_is_named(task_files: Path) -> None:

@@ -1,9 +1,10 @@
-"""Models that see, on tiny random LLaVA and Qwen2-VL: batches, what is trained, projectors, a whole run."""
+"""Models that see, on tiny random LLaVA and Qwen-VL: batches, what is trained, projectors, a whole run."""
 
 from __future__ import annotations
 
 import html
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +16,10 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lcia import run
+from lcia import cli, run
 from lcia.adapters import AdapterPool, find_projector, language_targets
 from lcia.adapters.projector import PROJECTOR_FILE
 from lcia.answering import answer_requests
@@ -30,12 +32,13 @@ from lcia.methods import METHODS
 from lcia.progress import Reporter
 from lcia.report import load_run, write_report
 from lcia.run import resume, train
-from lcia.session import make_pool, open_run
+from lcia.session import load_run_stream, make_pool, open_run
 from lcia.stream import Row, load_stream
 from lcia.training import TaskTrainer
-from tiny_vision import COLOURS, IMAGE, square_stream, tiny_llava, tiny_qwen
+from tiny_vision import COLOURS, IMAGE, square_stream, tiny_llava, tiny_qwen, tiny_qwen3, tiny_qwen25
 
-MAKERS = {"llava": tiny_llava, "qwen": tiny_qwen}
+MAKERS = {"llava": tiny_llava, "qwen": tiny_qwen, "qwen2.5": tiny_qwen25, "qwen3": tiny_qwen3}
+TWO = ("llava", "qwen")  # one of each layout, where a model more tells nothing more
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,30 @@ def test_the_loss_sees_the_plain_model_s_logits(backbone: Backbone, squares: Pat
         torch.testing.assert_close(logits, full[len(encoded.prompt) - 1 : -1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("written", ["", "<|system|>"])
+def test_prompts_begin_as_transformers_begins_them(models: dict[str, Path], squares: Path, written: str) -> None:
+    """LLaVA-1.5's template leaves the token that begins a text to its tokenizer; others write it."""
+    reader = load_backbone(str(models["llava"]), dtype="float32").reader
+    begin = "<|system|>"  # any token that the vocabulary has
+    tokenizer = reader.tokenizer
+    tokenizer.bos_token = begin
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
+    reader.chat.chat_template = written + reader.chat.chat_template
+    for row in some_rows(squares):
+        parts = [{"type": "image", "path": path} for path in row.images] + [
+            {"type": "text", "text": row.messages[0][1]}
+        ]
+        turns = [{"role": "user", "content": parts}]
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        expected = reader.chat.apply_chat_template(turns, **options)["input_ids"][0]
+        assert list(reader.encode_prompt(row).prompt) == list(expected)
+        assert (expected[0], list(expected).count(tokenizer.bos_token_id)) == (tokenizer.bos_token_id, 1)
+        if row.images:
+            assert reader.collate([reader.encode(row)])["input_ids"][0].tolist()[: len(expected)] == list(expected)
+
+
 def test_the_text_before_the_first_image_is_read_once(models: dict[str, Path], squares: Path) -> None:
     backbone = load_backbone(str(models["llava"]), dtype="float32")
     said = "the same long beginning of every one of them"
@@ -156,6 +183,8 @@ def test_lora_changes_the_language_model_alone(backbone: Backbone, see_config: C
     assert all(".language_model." in name for name in set(trained) - projector)
     assert len({name.split(".lora_")[0] for name in set(trained) - projector}) == 2 * 7  # layers x linear layers
     assert all(weights.dtype == torch.float32 for weights in trained.values())
+    # Qwen3-VL's other projectors, of what earlier layers of its tower see, stay frozen
+    assert not any("deepstack" in name for name in trained)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +234,9 @@ def test_the_projector_has_a_learning_rate_of_its_own(
 # --- a whole run
 
 
-@pytest.mark.parametrize("model", MAKERS)
-@pytest.mark.parametrize("method", ["lcia", {"name": "moelora", "experts": 2}])
+@pytest.mark.parametrize(
+    ("model", "method"), [*((model, "lcia") for model in MAKERS), ("llava", {"name": "moelora", "experts": 2})]
+)
 def test_a_run_keeps_each_group_s_projector_and_touches_nothing_else(
     see_config: Callable[..., Any], model: str, method: Any
 ) -> None:
@@ -293,7 +323,30 @@ def test_the_average_holds_the_projector(see_config: Callable[..., Any]) -> None
     assert kept[1] == kept[2]
 
 
-@pytest.mark.parametrize("model", MAKERS)
+@pytest.mark.parametrize("model", TWO)
+def test_activation_checkpointing_learns_the_same(
+    see_config: Callable[..., Any], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, recomputed = [], set()
+    original = TaskTrainer.compute_loss
+
+    def noted(self: TaskTrainer, network: Any, *args: Any, **kwargs: Any) -> Any:
+        recomputed.add((self.args.activation_checkpointing, network.is_activation_checkpointing))
+        return original(self, network, *args, **kwargs)
+
+    monkeypatch.setattr(TaskTrainer, "compute_loss", noted)
+    for option in (False, True):
+        folder = str(tmp_path / str(option))
+        config = see_config(model, tasks=["colours"], method="lora", activation_checkpointing=option, output_dir=folder)
+        measure(config)
+        pool = open_run(Path(config.output_dir)).pool
+        found.append(pool.parameters("shared"))
+    for name, weights in found[0].items():
+        torch.testing.assert_close(found[1][name], weights, rtol=1e-4, atol=1e-5)
+    assert recomputed == {(False, False), (True, True)}
+
+
+@pytest.mark.parametrize("model", TWO)
 def test_a_kill_inside_a_task_changes_nothing(
     see_config: Callable[..., Any], model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -324,16 +377,19 @@ def test_a_kill_inside_a_task_changes_nothing(
     assert any(path.endswith(PROJECTOR_FILE) for path in files[0])
 
 
-def test_exports_answer_as_the_run_does(see_config: Callable[..., Any], squares: Path, tmp_path: Path) -> None:
-    config = see_config(tasks=["colours", "tints"], max_steps=5)
+@pytest.mark.parametrize("model", MAKERS)
+def test_exports_answer_as_the_run_does(
+    see_config: Callable[..., Any], squares: Path, tmp_path: Path, model: str
+) -> None:
+    config = see_config(model, tasks=["colours", "tints"], max_steps=5, max_eval_examples=1, max_new_tokens=1)
     measure(config)
     session = open_run(Path(config.output_dir))
     reader = session.backbone.reader
     batch = reader.collate([reader.encode(row) for row in some_rows(squares)])
-    with session.pool.active("tints") as model, torch.no_grad():
-        expected, _ = answer_logits(model, batch)
-    with session.pool.active(None) as model, torch.no_grad():
-        untrained, _ = answer_logits(model, batch)
+    with session.pool.active("tints") as active, torch.no_grad():
+        expected, _ = answer_logits(active, batch)
+    with session.pool.active(None) as active, torch.no_grad():
+        untrained, _ = answer_logits(active, batch)
     assert (expected - untrained).abs().max() > 1e-2
 
     export_run(Path(config.output_dir), tmp_path / "peft")
@@ -388,6 +444,58 @@ def test_a_request_with_an_image_is_answered(see_config: Callable[..., Any], squ
         answer_requests(Path(config.output_dir), asked, images=[tmp_path / "nothing.png"])
 
 
+@pytest.mark.parametrize("model", TWO)
+def test_eval_and_generate_on_the_command_line(
+    see_config: Callable[..., Any],
+    squares: Path,
+    tmp_path: Path,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They answer the run's own rows as the run did."""
+
+    def lcia(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    config = see_config(model, tasks=["colours", "tints"], max_steps=2)
+    results = measure(config)
+    folder = Path(config.output_dir)
+    found = json.loads(lcia("eval", folder, "--recompute", "--json"))
+    assert found["rows"][-1]["scores"] == dict(zip(results["tasks"], results["matrix"][-1], strict=True))
+    again, before = (
+        [json.loads(line) for line in (folder / place / "tints.jsonl").read_text().splitlines()]
+        for place in ("evaluations/test/2", "predictions/2")
+    )
+    assert again == before
+    dev = json.loads(lcia("eval", folder, "--split", "dev", "--tasks", "colours", "--json"))
+    assert list(dev["rows"][-1]["scores"]) == ["colours"]
+
+    row = next(row for row in load_stream(str(squares))[1].test if row.images)
+    record = next(line for line in before if line["id"] == row.id)
+    text = row.messages[0][1].removesuffix(f"\n{row.instruction}")
+    command = ["generate", folder, text, "--instruction", row.instruction, "--image", row.images[0]]
+    answer = json.loads(lcia(*command, "--json"))
+    assert (answer["answer"], answer["group"]) == (record["prediction"], record["group"])
+    assert answer["similarity"] == pytest.approx(1.0)
+    assert "[group tints, similarity 1.000]" in " ".join(lcia(*command).split())
+
+
+def test_no_similarity_is_told_where_none_is_computed(
+    see_config: Callable[..., Any], squares: Path, tmp_path: Path
+) -> None:
+    config = see_config(method="lora", tasks=["colours"], max_steps=1)
+    measure(config)
+    (answer,) = answer_requests(Path(config.output_dir), [("which is it", None)], 2)
+    assert (answer.group, answer.similarity) == ("shared", None)
+    assert str(answer.__rich__()).endswith("   [group shared]")
+
+
 def test_a_run_of_a_model_of_text_takes_no_image(tiny_config: Callable[..., Any], squares: Path) -> None:
     config = tiny_config(tasks=["colours"], method="lora")
     measure(config)
@@ -410,6 +518,57 @@ def test_a_broken_image_stops_the_run_before_training(
     assert not Path(config.output_dir).exists()
 
 
+def test_broken_images_are_left_out_and_counted(
+    see_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With skip_bad_rows: cut off, empty, and no image; the run ends as one that never had these rows."""
+    broken, clean = square_stream(tmp_path / "broken"), square_stream(tmp_path / "clean")
+    images = broken / "images" / "colours"
+    (images / "2.png").write_bytes((images / "2.png").read_bytes()[:60])
+    (images / "5.png").write_bytes(b"")  # of a test row
+    (images / "7.png").write_text("<!doctype html>")
+    rows = (clean / "colours.jsonl").read_text().splitlines()
+    (clean / "colours.jsonl").write_text("\n".join(row for n, row in enumerate(rows) if n not in (2, 5, 7)))
+    config = see_config(
+        stream=str(broken), tasks=["colours", "tints"], skip_bad_rows=True, output_dir=str(tmp_path / "a")
+    )
+    original, steps = TaskTrainer.compute_loss, 0
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        measure(config)
+    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
+    with Reporter() as reporter:
+        results = resume(Path(config.output_dir), reporter)
+    notes = load_run_stream(config).notes
+    told = notes.index("colours: 3 rows skipped whose image cannot be opened")
+    why = " ".join(notes[told + 1 : told + 4])
+    assert (why.count("broken or cut off"), why.count("not an image that is understood")) == (1, 2)
+    assert all(f"colours.jsonl:{line}: image " in why for line in (3, 6, 8))
+    answered = (Path(config.output_dir) / "predictions/1/colours.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in answered] == ["colours-11", "colours-17"]
+    other = see_config(stream=str(clean), tasks=["colours", "tints"], output_dir=str(tmp_path / "b"))
+    assert measure(other)["matrix"] == results["matrix"]
+    pools = [open_run(Path(one.output_dir)).pool for one in (config, other)]
+    assert pools[0].sha256("colours") == pools[1].sha256("colours")
+
+
+def test_a_split_without_usable_images_stops(see_config: Callable[..., Any], tmp_path: Path) -> None:
+    broken = square_stream(tmp_path / "broken")
+    for number in (5, 11, 17):
+        (broken / f"images/colours/{number}.png").write_bytes(b"")
+    config = see_config(stream=str(broken), tasks=["colours"], skip_bad_rows=True)
+    with pytest.raises(UserError, match=r"task 'colours': no test row is left .*colours\.jsonl:6: image .*5\.png"):
+        measure(config)
+
+
 def test_a_model_of_text_refuses_image_rows(tiny_config: Callable[..., Any], squares: Path) -> None:
     with pytest.raises(UserError, match=r"colours\.jsonl:1.*reads text only"):
         measure(tiny_config(stream=str(squares)))
@@ -417,6 +576,7 @@ def test_a_model_of_text_refuses_image_rows(tiny_config: Callable[..., Any], squ
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "I;16"])
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (300, 20)])
+@pytest.mark.parametrize("backbone", TWO, indirect=True)
 def test_images_of_every_kind_are_read(backbone: Backbone, tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
     path = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
     Image.new("RGB", size, COLOURS["red"]).convert("L" if mode == "I;16" else mode).convert(mode).save(path)

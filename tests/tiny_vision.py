@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, ProcessorMixin, Qwen2VLConfig, Qwen2VLProcessor
+from transformers import (
+    AutoProcessor,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+)
 
 from conftest import byte_tokenizer
 
@@ -26,19 +35,37 @@ TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+QWEN = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+
+
+def _image_only(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+    """What Qwen-VL's processors set up, less their part for videos, which does not exist without torchvision."""
+    for name, token in QWEN.items():
+        setattr(self, name, token)
+        setattr(self, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 class ImageOnlyQwenProcessor(Qwen2VLProcessor):  # type: ignore[misc]
-    """Qwen2-VL's own, less its part for videos, which does not exist without torchvision."""
+    __init__ = _image_only
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+class ImageOnlyQwen25Processor(Qwen2_5_VLProcessor):  # type: ignore[misc]
+    __init__ = _image_only
+
+
+class ImageOnlyQwen3Processor(Qwen3VLProcessor):  # type: ignore[misc]
+    __init__ = _image_only
 
 
 AutoProcessor.register(Qwen2VLConfig, ImageOnlyQwenProcessor, exist_ok=True)
+AutoProcessor.register(Qwen2_5_VLConfig, ImageOnlyQwen25Processor, exist_ok=True)
+AutoProcessor.register(Qwen3VLConfig, ImageOnlyQwen3Processor, exist_ok=True)
 
 
 def _tokenizer(special: dict[str, str]) -> Any:
@@ -91,46 +118,65 @@ def tiny_llava(folder: Path) -> Path:
 
 
 def tiny_qwen(folder: Path) -> Path:
-    """Images of any size; every 8 x 8 pixels are a token."""
-    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+    """Qwen2-VL. Images of any size; every 8 x 8 pixels are a token."""
+    from transformers import Qwen2VLForConditionalGeneration
 
-    names = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "vision_start_token": "<|vision_start|>",
-        "vision_end_token": "<|vision_end|>",
-    }
-    tokenizer = _tokenizer(names)
-    ids = {f"{key}_id": tokenizer.convert_tokens_to_ids(value) for key, value in names.items()}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
+    return _save_qwen(folder, Qwen2VLConfig, Qwen2VLForConditionalGeneration, ImageOnlyQwenProcessor, vision)
+
+
+def tiny_qwen25(folder: Path) -> Path:
+    """Qwen2.5-VL: attention in windows of 8 x 8 pixels in the first layer of its tower."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"window_size": 8, "fullatt_block_indexes": [1]}
+    return _save_qwen(folder, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, ImageOnlyQwen25Processor, vision)
+
+
+def tiny_qwen3(folder: Path) -> Path:
+    """Qwen3-VL: what the first layer of its tower sees reaches the language model beside the projector's tokens."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    text = {"head_dim": 8}
+    return _save_qwen(folder, Qwen3VLConfig, Qwen3VLForConditionalGeneration, ImageOnlyQwen3Processor, vision, text)
+
+
+def _save_qwen(
+    folder: Path,
+    config_class: Any,
+    model_class: Any,
+    processor_class: Any,
+    vision: dict[str, Any],
+    text: dict[str, Any] | None = None,
+) -> Path:
+    from transformers import Qwen2VLImageProcessorPil
+
+    tokenizer = _tokenizer(QWEN)
+    ids = {f"{key}_id": tokenizer.convert_tokens_to_ids(value) for key, value in QWEN.items()}
     torch.manual_seed(0)
-    vision = {
-        "depth": 2,
-        "embed_dim": 32,
-        "hidden_size": 32,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
-    text = {
-        **TEXT,
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-        "pad_token_id": 0,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-    }
-    config = Qwen2VLConfig(vision_config=vision, text_config=text, **ids)
+    patches = {"patch_size": 4, "temporal_patch_size": 2}
+    config = config_class(
+        vision_config={**vision, **patches, "spatial_merge_size": 2},
+        text_config={
+            **TEXT,
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+            "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+            **(text or {}),
+        },
+        **ids,
+    )
     config.pad_token_id = 0
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
-    shown = "'<|vision_start|><|image_pad|><|vision_end|>'"
-    ImageOnlyQwenProcessor(
-        image_processor=Qwen2VLImageProcessorPil(
-            patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024
-        ),
+    model_class(config).save_pretrained(folder)
+    processor_class(
+        image_processor=Qwen2VLImageProcessorPil(**patches, merge_size=2, min_pixels=64, max_pixels=1024),
         tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE.replace("IMAGE", shown),
+        chat_template=CHAT_TEMPLATE.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'"),
     ).save_pretrained(folder)
     return folder
 

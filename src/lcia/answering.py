@@ -16,7 +16,7 @@ from lcia.evaluation import Decoding, generate_answers
 from lcia.grouping import Codebook, Explanation, Router, explain
 from lcia.methods import build_method
 from lcia.run_folder import RunFolder
-from lcia.session import load_run_stream, open_run
+from lcia.session import load_run_stream, open_run, with_system
 from lcia.stream import Row, load_stream
 from lcia.validate import planned_groups
 
@@ -28,14 +28,15 @@ class Answer:
     request: str
     instruction: str
     group: str | None  # None: the base model answered
-    similarity: float
+    similarity: float | None  # to the group; None where the method does not choose by one
     answer: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __rich__(self) -> Text:
-        who = f"group {self.group}, similarity {self.similarity:.3f}" if self.group else "base model, no group"
+        near = "" if self.similarity is None else f", similarity {self.similarity:.3f}"
+        who = f"group {self.group}{near}" if self.group else "base model, no group"
         return Text.assemble((self.answer, "bold"), (f"   [{who}]", "dim"))
 
 
@@ -71,7 +72,10 @@ def answer_requests(
     if images and not reader.sees:
         raise UserError(f"--image: model {session.config.model!r} of {folder} reads text only")
     shown = tuple(str(path.absolute()) for path in images)
-    rows = [Row("", instruction, (("user", text),), (), shown, "the request") for text, instruction in texts]
+    rows = [
+        with_system(Row("", instruction, (("user", text),), (), shown, "the request"), session.config.system)
+        for text, instruction in texts
+    ]
     matches = session.method.route(rows)
     limit = max_new_tokens or session.config.max_new_tokens
     decoding = Decoding(limit, session.config.per_device_eval_batch_size, session.config.max_length)
@@ -85,7 +89,7 @@ def answer_requests(
     groups = [match.group for match in matches]
     answers = generate_answers(session.pool, reader, groups, prompts, decoding)
     return [
-        Answer(text, instruction, match.group, match.score, answer)
+        Answer(text, instruction, match.group, match.score if match.scores else None, answer)
         for (text, instruction), match, answer in zip(texts, matches, answers, strict=True)
     ]
 

@@ -11,6 +11,7 @@ import yaml
 
 from lcia.config import RunConfig, apply_overrides, parse_config
 from lcia.errors import UserError, did_you_mean
+from lcia.methods import build_method
 from lcia.progress import Reporter
 from lcia.results import method_name
 from lcia.stream.inventory import Inventory, take_inventory, total_bytes
@@ -27,6 +28,8 @@ class Benchmark:
     orders: tuple[int | str, ...] = ()  # the first one is the default; empty: there is one order only
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the stream, and the values of each
     reported: dict[str, str] = field(default_factory=dict)  # the benchmark's name of a metric → ours
+    # kind of instructions → the threshold of methods that group by them, where it is not those methods' own
+    thresholds: dict[str, float] = field(default_factory=dict)
 
 
 ACCURACY = {"Avg.ACC": "avg_acc", "Forgetting": "forgetting", "New.ACC": "new_acc"}
@@ -34,6 +37,10 @@ ACCURACY = {"Avg.ACC": "avg_acc", "Forgetting": "forgetting", "New.ACC": "new_ac
 # hub's LLaVA-1.5 has seen much of CoIN in its own instruction tuning: docs/concepts/vision-streams.md.
 LLAVA = {
     "model": "llava-hf/llava-1.5-7b-hf",
+    # the conversation vicuna_v1, in which LLaVA-1.5, CoIN and LCIA write every prompt
+    "system": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions.",
+    "image_padding": "square",  # CoIN's boxes are fractions of the padded image; the hub's processor would crop it
     "max_length": 2048,
     "max_new_tokens": 64,
     "lora_r": 128,
@@ -77,6 +84,7 @@ BENCHMARKS = {
         options={"instructions": ("origin", "diverse", "10type"), "scoring": ("strict", "released")},
         settings=LLAVA,
         reported=ACCURACY,
+        thresholds={"diverse": 0.3, "10type": 0.3},  # LCIA §4.4: 0.9 is for original instructions
     ),
     "coast": Benchmark(
         title="domains, capabilities or data sets: a reconstruction, not comparable with published COAST numbers",
@@ -163,10 +171,24 @@ def bench_config(
         **({} if model is None else {"model": model}),
     }
     config = parse_config(apply_overrides(values, overrides or []), where=f"bench {name}")
+    kind = str(config.stream.get("instructions")).casefold() if isinstance(config.stream, dict) else ""
+    if kind in benchmark.thresholds:
+        config.method = _with_threshold(config.method, benchmark.thresholds[kind])
     if not config.output_dir:
         parts = [method_name(config), *label, f"seed{config.seed}"]
         config.output_dir = f"runs/bench/{name}/{'-'.join(parts)}"
     return config
+
+
+def _with_threshold(spec: Any, threshold: float) -> Any:
+    """A configuration's method with this threshold where it makes groups by instructions and states none."""
+    if isinstance(spec, list):
+        return [_with_threshold(part, threshold) for part in spec]
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name")
+    if "threshold" in options or build_method([(name, options)]).codebook is None:
+        return spec
+    return {"name": name, **options, "threshold": threshold}
 
 
 def prepare(name: str, data: str | None, options: Mapping[str, str], reporter: Reporter) -> Inventory:

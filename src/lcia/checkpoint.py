@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcia.files import file_sha256, sync_folder, write_json
+from lcia.processes import on_main
 
 _MARK = "complete.json"
 _WEIGHTS = "trained.safetensors"
@@ -74,6 +75,7 @@ def mark_complete(folder: Path, task: str, step: int, seconds: float, log: list[
             shutil.rmtree(other)
 
 
+@on_main
 def clear_checkpoints(state: Path) -> None:
     """The task is finished and kept elsewhere."""
     for folder in state.glob("checkpoint-*"):

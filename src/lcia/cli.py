@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from lcia import processes
 from lcia.errors import GateError, UserError
 
 if TYPE_CHECKING:
@@ -51,14 +53,18 @@ def main() -> None:
     from lcia.machine import keep_freed_memory
 
     keep_freed_memory()
+    processes.is_main()  # joins the others, where a launcher has started several
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # redrawn bars of the libraries would fill a log with fragments
     try:
         app()
     except (UserError, GateError) as error:
-        print(f"lcia: {error}", file=sys.stderr)
+        if processes.is_main():
+            print(f"lcia: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as stop:
+        if not stop.code:
+            processes.leave()
         if stop.code == 130:  # what typer makes of Ctrl-C
             print("lcia: interrupted; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
         raise
@@ -74,7 +80,9 @@ def main() -> None:
 
 
 def _emit(as_json: bool, document: Any, *readable: Any) -> None:
-    """A result on stdout: for machines, or for people."""
+    """A result on stdout: for machines, or for people. Of several processes the main one tells it."""
+    if not processes.is_main():
+        return
     if as_json:
         print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
         return
@@ -269,20 +277,35 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run folders; what holds no finished run is left out and named")],
-    out: Annotated[Path | None, typer.Option(help="Write an HTML report as well.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The HTML file; if not given, comparison.html beside the runs, or here where they lie in several "
+            "folders or theirs cannot be written."
+        ),
+    ] = None,
     against: Against = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods over seeds and orders: intervals, and tests against a reference."""
-    from lcia.report import comparison_json, comparison_tables, load_runs, write_report
+    """Compare methods over seeds and orders: one table and one HTML file, intervals, tests against a reference."""
+    from lcia.report import (
+        comparison_json,
+        comparison_page,
+        comparison_tables,
+        load_runs,
+        without_page,
+        write_report,
+    )
 
     loaded, left_out = load_runs(runs)
-    if out is not None:
-        write_report(loaded, out, against, left_out)
+    page = out or comparison_page(loaded)
+    left_out = without_page(left_out, page)
     if as_json:
-        _emit(as_json, comparison_json(loaded, against, left_out))
-    else:
-        _emit(as_json, None, *comparison_tables(loaded, against, left_out))
+        document = comparison_json(loaded, against, left_out)
+        _emit(as_json, {**document, "report": str(write_report(loaded, page, against, left_out))})
+        return
+    _emit(as_json, None, *comparison_tables(loaded, against, left_out))
+    _emit(as_json, None, Text(f"report: {write_report(loaded, page, against, left_out)}"))
 
 
 @app.command()
@@ -359,6 +382,7 @@ def bench_list(as_json: Json = False) -> None:
         chosen = "; ".join(f"{key}: {' | '.join(map(str, values))}" for key, values in choices.items() if values)
         lines += [f"[bold]{name}[/bold]: {benchmark.title} ({benchmark.source})", *([f"  {chosen}"] if chosen else [])]
         lines.append(f"  {settings}")
+        lines += [f"  instructions {kind}: groups from {value} on" for kind, value in benchmark.thresholds.items()]
     _emit(as_json, {name: asdict(benchmark) for name, benchmark in BENCHMARKS.items()}, *lines)
 
 
@@ -384,23 +408,79 @@ def bench_prepare(
 def bench_run(
     name: Annotated[str, typer.Argument(help="a benchmark; `lcia bench list` shows them")],
     overrides: Overrides = None,
-    method: Annotated[str, typer.Option(help="A method, or {name: METHOD, option: value, ...}.")] = "lcia",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method, or {name: METHOD, option: value, ...}; lcia if not given; several: repeat it."),
+    ] = None,
     order: Annotated[
-        str | None, typer.Option(help="One of the benchmark's orders of its tasks; its first if not given.")
+        list[str] | None,
+        typer.Option(
+            help="One of the benchmark's orders of its tasks; its first if not given; several: 1,2 or repeat it."
+        ),
     ] = None,
     option: StreamOptions = None,
-    seed: Annotated[int, typer.Option(help="The run's seed.")] = 0,
+    seed: Annotated[
+        list[str] | None, typer.Option(help="The run's seed; 0 if not given; several: 0,1,2 or repeat it.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A model instead of the protocol's.")] = None,
     data: Annotated[Path | None, typer.Option(help="The folder with its data; else $LCIA_DATA/NAME.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs at a time; 1 if not given. With GPUs one per visible device if not given: CUDA_VISIBLE_DEVICES "
+            "is dealt out to them round robin.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of each run; the cores divided by --jobs if not given. In bfloat16 another number gives "
+            "other last digits.",
+        ),
+    ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray", help="On a Ray cluster whose nodes share the files; --threads CPUs each, 1 if not given."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Learn a benchmark's stream under its protocol, into runs/bench/NAME/METHOD-ORDER-OPTIONS-seedS."""
-    from lcia.bench import BENCHMARKS, bench_config, parse_options
+    """Learn a benchmark's stream under its protocol, into runs/bench/NAME/METHOD-ORDER-OPTIONS-seedS.
+
+    Several methods, orders or seeds: all combinations, each in a process of its own, then their comparison. What is
+    finished is not run again, what was interrupted goes on.
+    """
+    from lcia.bench import BENCHMARKS, parse_options
+    from lcia.bench_list import bench_runs, parse_list, parse_seeds, run_all
+    from lcia.jobs import run_here, run_on_ray, threads_each, visible_devices
     from lcia.progress import Reporter
     from lcia.run import train as run_train
 
+    if ray and jobs:
+        raise UserError("bench run: Ray decides how many runs work at a time; leave out --jobs, or --ray")
     place = None if data is None else str(data)
-    config = bench_config(name, method, order, seed, model, place, overrides, parse_options(option or []))
+    orders = parse_list(order) if order else [None]
+    seeds, options = parse_seeds(seed or ["0"]), parse_options(option or [])
+    runs = bench_runs(name, method or ["lcia"], orders, seeds, model, place, overrides or [], options)
+    if len(runs) > 1 or ray:
+        devices = [] if ray else visible_devices()
+        at_once = jobs or len(devices) or 1
+        share = (threads or 1) if ray else threads_each(threads, at_once)
+        runner = run_on_ray if ray else partial(run_here, at_once=at_once, devices=devices)
+        found = run_all(name, runs, share, runner, Console(stderr=True))
+        _emit(as_json, found.as_dict(), *found.readable())
+        if found.failures:
+            print(f"lcia: {len(found.failures)} of {len(runs)} runs failed; the same command goes on", file=sys.stderr)
+            raise typer.Exit(1)
+        return
+    if threads or jobs:
+        import torch
+
+        torch.set_num_threads(threads_each(threads, jobs or 1))
+    config = runs[0].config
     with Reporter() as reporter:
         results = run_train(config, reporter)
     _show_results(Path(config.output_dir), results, as_json)
@@ -454,7 +534,7 @@ def _show_results(
     from lcia.run import require_little_forgetting
 
     run = load_run(folder)
-    written = write_report([run], folder / "report.html")
+    written = processes.on_main(write_report)([run], folder / "report.html")
     _emit(as_json, results, matrix_table(run), _metrics_line(results["metrics"]), f"report: {written}")
     if max_forgetting is not None:
         require_little_forgetting(results, max_forgetting, per_task)

@@ -18,6 +18,9 @@ _OWNED_ARGUMENTS = frozenset(
         "auto_find_batch_size",
         "bf16",
         "data_seed",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
         "dataloader_pin_memory",
         "disable_tqdm",
         "do_eval",
@@ -70,6 +73,9 @@ class RunConfig(BaseModel):
 
     projector: str = "auto"  # of a vision-language model, trained with each adapter: auto, none, or a module's path
     projector_learning_rate: float | None = Field(None, gt=0)  # null = learning_rate
+
+    system: str | None = None  # the system message of every prompt that has none of its own; null = none
+    image_padding: Literal["square"] | None = None  # what an image gets before the processor sees it; null = nothing
 
     max_length: int = Field(1024, ge=8)  # tokens of prompt + answer; longer rows are counted and left out
     max_new_tokens: int = Field(64, ge=1)
@@ -184,9 +190,10 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
 
 def _check_training_arguments(config: RunConfig, where: str) -> None:
     """transformers refuses some values only when its arguments are built: that must not be after hours of work."""
+    import torch
     from transformers import TrainingArguments
 
-    values = config.training_arguments()
+    values = {"report_to": "none", "use_cpu": not torch.cuda.is_available(), **config.training_arguments()}
     for field in dataclasses.fields(TrainingArguments):
         value = values.get(field.name)
         is_number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
@@ -197,7 +204,7 @@ def _check_training_arguments(config: RunConfig, where: str) -> None:
                 raise UserError(f"{where}: key {field.name!r}: {value!r} is not a number") from None
             setattr(config, field.name, values[field.name])
     try:
-        TrainingArguments(output_dir=config.output_dir, **{"report_to": "none", **values})
+        TrainingArguments(output_dir=config.output_dir, **values)
     except (ValueError, TypeError) as error:
         # transformers names the value it refuses, not its key
         named = [key for key, value in values.items() if isinstance(value, str) and value and value in str(error)[:80]]

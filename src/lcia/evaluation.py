@@ -16,6 +16,7 @@ from lcia.adapters import Pool
 from lcia.backbone import Encoded, Reader, layout_of, told
 from lcia.files import write_text
 from lcia.grouping import Match
+from lcia.processes import count, gathered, on_main, rank
 from lcia.stream import SCORERS, Row, Task
 
 
@@ -40,13 +41,15 @@ def generate_answers(
     """Greedy answers, prompt i with the weights of groups[i] (None: the base model), in the order of `prompts`.
 
     Batches hold prompts of like length, so that little is padding. They mix groups where the pool's adapters can be
-    mixed; else each group has batches of its own.
+    mixed; else each group has batches of its own. Several processes take turns at the batches, which are the same for
+    any number of them: so are the answers.
     """
     distinct = list(dict.fromkeys(groups))
     parts = [list(range(len(prompts)))]
     if not pool.can_mix(distinct):
         parts = [[i for i, group in enumerate(groups) if group == one] for one in distinct]
-    answers = [""] * len(prompts)
+    mine: dict[int, str] = {}  # prompt → this process's answer
+    number = 0  # of the batch
     layout = layout_of(pool.model.config)
     for part in parts:
         order = sorted(part, key=lambda i: (len(prompts[i]), i))
@@ -55,16 +58,19 @@ def generate_answers(
             model.eval()
             for start in range(0, len(order), decoding.batch_size):
                 chosen = order[start : start + decoding.batch_size]
+                on_batch(len(chosen))
+                number += 1
+                if number % count() != rank():
+                    continue
                 batch = reader.collate([prompts[i] for i in chosen])
                 batch = {name: values.to(model.device) for name, values in batch.items()}
                 options = {} if single else pool.mixed([groups[i] for i in chosen])
                 with told(model, batch):
                     output = layout.generate(model, batch, decoding.max_new_tokens, **options)  # (B, new)
                 texts = reader.tokenizer.batch_decode(output, skip_special_tokens=True)
-                for i, text in zip(chosen, texts, strict=True):
-                    answers[i] = text.strip()
-                on_batch(len(chosen))
-    return answers
+                mine |= {i: text.strip() for i, text in zip(chosen, texts, strict=True)}
+    answers = {i: answer for part in gathered(mine) for i, answer in part.items()}
+    return [answers[i] for i in range(len(prompts))]
 
 
 class AnswerCache:
@@ -96,12 +102,17 @@ class AnswerCache:
         ]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         path = self._folder / f"{key}.json"
-        if path.is_file():
+
+        @on_main
+        def stored() -> list[str] | None:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+        known = stored()
+        if known is not None:
             self.reused += 1
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            return [str(answer) for answer in stored]
+            return known
         found = compute()
-        write_text(path, json.dumps(found, ensure_ascii=False))
+        on_main(write_text)(path, json.dumps(found, ensure_ascii=False))
         self.run += 1
         return found
 

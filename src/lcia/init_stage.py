@@ -21,6 +21,7 @@ from lcia.config import RunConfig
 from lcia.files import move_durably, write_text
 from lcia.learning import learn_stage
 from lcia.methods import MultiTask
+from lcia.processes import on_main
 from lcia.progress import Reporter
 from lcia.run_folder import RunFolder
 from lcia.session import (
@@ -109,7 +110,7 @@ def _init_config(config: RunConfig) -> RunConfig:
 def _open(init: RunFolder, config: RunConfig, backbone: Backbone) -> Session:
     """The run in RUN/init, begun if it is not yet."""
     if not init.config.is_file():
-        write_text(init.config, _init_config(config).as_yaml())
+        on_main(write_text)(init.config, _init_config(config).as_yaml())
     own = frozen_config(init)
     stream = current_stream(init, own)
     init.tidy([task.name for task in stream])
@@ -118,6 +119,7 @@ def _open(init: RunFolder, config: RunConfig, backbone: Backbone) -> Session:
     return open_session(init, own, stream, backbone)
 
 
+@on_main
 def _merge(session: Session) -> tuple[float, dict[str, str]]:
     """Write RUN/init/model. Returns the share of the change that rounding took, and {file: sha256}."""
     pool, backbone, final = session.pool, session.backbone, session.folder.path / "model"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -10,8 +9,9 @@ import yaml
 
 from lcia.backbone import Encoded
 from lcia.checkpoint import clear_checkpoints, find_checkpoint
+from lcia.processes import is_sharding
 from lcia.progress import Reporter
-from lcia.results import peak_memory_mib
+from lcia.results import parameter_counts, peak_memory_mib
 from lcia.seeds import stable_seed
 from lcia.session import Session
 from lcia.stream import Row, Task
@@ -42,6 +42,8 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
     else:
         reporter.done(f"  {task.name}: going on behind step {checkpoint.step}")
 
+    if is_sharding():
+        reporter.done(f"  note: sharded weights: no checkpoint inside {task.name}; interrupted, it starts again")
     reporter.start(f"learning {task.name}", total=None)
     learned = learn_task(
         pool.model,
@@ -62,9 +64,12 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
     for name, before in untouched.items():
         if pool.sha256(name) != before:
             raise RuntimeError(f"learning {task.name!r} changed the adapter {name!r}; nothing was saved")
+    told, cost = method.report(), method.cost()
+    if learned.sharded:
+        session.load_anew(placement)
+        method, pool = session.method, session.pool
     folder.forget_log_of(task.name)
-    with folder.training_log.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in learned.log)
+    folder.append_log(learned.log)
     for member in stage:
         session.placements[member.name] = placement
     files = folder.save_snapshot(task.name, pool, method, lambda group: model_card(session, group))
@@ -74,12 +79,13 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         placements={member.name: vars(placement) for member in stage},
         sha256={name: pool.sha256(name) for name in pool.names},
         files=files,
-        ema=method.report(),
+        ema=told,
         train_s=learned.seconds,
         left_out=left_out,
         peak_memory_mib=peak_memory_mib(),
-        trained_parameters=sum(weights.numel() for name in pool.names for weights in pool.parameters(name).values()),
-        method_cost=method.cost(),
+        trained_parameters=parameter_counts(pool)[placement.adapter],
+        stored_parameters=sum(parameter_counts(pool).values()),
+        method_cost=cost,
     )
     clear_checkpoints(folder.state)
     folder.publish(task.name)

@@ -11,6 +11,7 @@ from typing import Any
 from lcia.evaluation import AnswerCache, TaskResult, evaluate_task
 from lcia.files import write_text
 from lcia.grouping import Match
+from lcia.processes import on_main
 from lcia.progress import Reporter
 from lcia.results import peak_memory_mib
 from lcia.session import Session
@@ -51,7 +52,7 @@ def measure_row(
         matches = session.method.route(rows) if row else [Match(None, 0.0, {})] * len(rows)
         result = evaluate(task, rows, matches)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
-        write_text(predictions / str(row) / f"{task.name}.jsonl", lines)
+        on_main(write_text)(predictions / str(row) / f"{task.name}.jsonl", lines)
         scores[task.name] = result.score
         if result.too_long:
             too_long[task.name] = result.too_long

@@ -12,12 +12,17 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lcia.processes import is_main
+
 
 class Reporter:
-    """What a run tells while it works. On a terminal it is redrawn in place; elsewhere one line an event."""
+    """What a run tells while it works. On a terminal it is redrawn in place; elsewhere one line an event.
+
+    Of several processes the main one speaks.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not is_main())
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -34,7 +39,7 @@ class Reporter:
         self._loss = float("nan")
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.quiet:
             self._live = Live(self._render(), console=self.console, refresh_per_second=4, transient=True)
             self._live.__enter__()
         return self

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lcia.adapters import stack_members
+from lcia.adapters import Pool, stack_members
 from lcia.config import RunConfig
 from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics
@@ -29,6 +29,7 @@ def assemble_results(
     stages: Sequence[Mapping[str, Any]],
     rows: Mapping[int, Mapping[str, Any]],
     sequential: bool,
+    parameters: Mapping[str, int],
     init: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document.
@@ -38,6 +39,7 @@ def assemble_results(
         stages: the ledger's `stage_learned` lines.
         rows: matrix row → the ledger's `row_measured` line.
         sequential: the tasks were learned one after another; else only Avg.ACC is defined.
+        parameters: see `parameter_counts`.
         init: the ledger's `init_learned` line, of a run with an Init stage.
     """
     names = [task.name for task in stream]
@@ -76,13 +78,20 @@ def assemble_results(
             "evaluations_run": sum(record["evaluations_run"] for record in rows.values()),
             "evaluations_reused": sum(record["evaluations_reused"] for record in rows.values()),
             "peak_memory_mib": max(record["peak_memory_mib"] for record in [*stages, *rows.values()]),
-            "trained_parameters": stages[-1]["trained_parameters"] if stages else 0,
+            # of the largest adapter that a task trained; of the whole pool as it is now
+            "trained_parameters": max((parameters[one.adapter] for one in placements.values()), default=0),
+            "stored_parameters": sum(parameters.values()),
             **_method_cost([*stages, *rows.values()]),
         },
         "versions": began["versions"],
         "machine": began["machine"],
         "date": max(record["at"] for record in [*stages, *rows.values()]),
     }
+
+
+def parameter_counts(pool: Pool) -> dict[str, int]:
+    """{adapter: numbers in its weights}; a task trains those of one adapter, the pool stores them all."""
+    return {name: sum(weights.numel() for weights in pool.parameters(name).values()) for name in pool.names}
 
 
 def _method_cost(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

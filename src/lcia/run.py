@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from lcia.init_stage import check_init, init_stream, initialise
 from lcia.learning import learn_stage
 from lcia.measuring import measure_row
 from lcia.metrics import accuracy_metrics, forgetting_by_task
+from lcia.processes import on_main
 from lcia.progress import Reporter
-from lcia.results import assemble_results, library_versions, method_name
+from lcia.remarks import remarks
+from lcia.results import assemble_results, library_versions, method_name, parameter_counts
 from lcia.run_folder import RunFolder
 from lcia.session import (
     Session,
@@ -27,6 +30,7 @@ from lcia.session import (
     begin,
     check_images,
     check_lengths,
+    check_sharding,
     check_target_modules,
     current_stream,
     frozen_config,
@@ -46,7 +50,9 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
         UserError: before any training, when the data, the model or the output folder cannot be used.
     """
     config = config.with_absolute_paths()
+    check_sharding(config)
     stream = load_run_stream(config)
+    stream = replace(stream, notes=(*stream.notes, *remarks(config, stream)))
     check_images(stream, config.model, reporter)
     init = init_stream(config, reporter)
     folder = RunFolder(config.output_dir).require_free()
@@ -58,7 +64,7 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
         check_init(init, config, backbone)
     with folder.lock():
         folder.require_free()  # another process may have begun here while the model was loading
-        write_text(folder.config, config.as_yaml())
+        on_main(write_text)(folder.config, config.as_yaml())
         begin(folder, config, stream, backbone.fingerprint)
         backbone = initialise(folder, config, backbone, reporter)
         return finish(open_session(folder, config, stream, backbone), reporter)
@@ -69,6 +75,7 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
     folder = RunFolder(path).require_run()
     with folder.lock():
         config = frozen_config(folder)
+        check_sharding(config)
         stream = current_stream(folder, config)
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         if not folder.records("run_began"):  # interrupted before its first line
@@ -102,6 +109,7 @@ def extend(
             wanted = load_config(config_file).with_absolute_paths()
             began = folder.records("run_began")[0]["config"]
             require_same_config(began, wanted, str(config_file), ignored={"stream", "tasks", "output_dir"})
+        check_sharding(config)
         stream = current_stream(folder, config)
         if not is_finished(folder, stream):
             raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
@@ -222,7 +230,7 @@ def measure_again(
         by_row = {record["row"]: record["scores"] for record in measured}
         matrix = [[by_row.get(j, {}).get(name) for name in names] for j in range(len(names) + 1)]
         result |= {"matrix": matrix, "metrics": accuracy_metrics(matrix)}
-    write_json(target.with_suffix(".json"), result)
+    on_main(write_json)(target.with_suffix(".json"), result)
     return result
 
 
@@ -319,9 +327,10 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
         folder.records("stage_learned"),
         rows,
         _is_sequential(session),
+        parameter_counts(session.pool),
         next(iter(folder.records("init_learned")), None),
     )
-    write_json(folder.path / "results.json", results)
+    on_main(write_json)(folder.path / "results.json", results)
     return results
 
 

@@ -13,6 +13,7 @@
       evaluations/       what `lcia eval` measured later
       training_log.jsonl
       results.json
+      log.txt            what the run printed, where a list of runs began it
 
 The ledger's lines are the truth: a folder that no line names is unfinished work and is made again.
 """
@@ -24,7 +25,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from lcia.adapters import Pool
 from lcia.errors import UserError
 from lcia.files import append_json_line, file_sha256, move_durably, write_json, write_text
 from lcia.methods import Combined
+from lcia.processes import on_main
 
 
 def now() -> str:
@@ -52,6 +54,7 @@ class RunFolder:
         self.training_log = self.path / "training_log.jsonl"
         self.state = self.path / "state"
         self.init = self.path / "init"
+        self.log = self.path / "log.txt"
         self._ledger = self.path / "ledger.jsonl"
         self._history = self.path / "history"
 
@@ -61,6 +64,7 @@ class RunFolder:
             raise UserError(f"{self.path}: not a run folder (no config.yaml in it)")
         return self
 
+    @on_main
     def require_free(self) -> RunFolder:
         """Raises UserError unless a new run can begin here."""
         if self.path.exists() and not self.path.is_dir():
@@ -70,27 +74,35 @@ class RunFolder:
                 f"output_dir {self.path} holds another run; choose another output_dir, "
                 f"or go on with `lcia resume {self.path}`"
             )
-        if self.path.exists() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        if self.path.exists() and any(entry.name not in (".lock", "log.txt") for entry in self.path.iterdir()):
             raise UserError(f"output_dir {self.path} is not empty and holds no run; choose another output_dir")
         return self
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One writer at a time. The operating system lets the lock go with its process, however that ends.
+        """One run that writes at a time, of however many processes.
+
+        The operating system lets the lock go with its process, however that ends.
 
         Raises:
             UserError: another process has it, or nothing can be written here.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"{self.path}: nothing can be written here: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another process is writing this run; wait for it or stop it") from None
+        with contextlib.ExitStack() as held:
+
+            @on_main
+            def take() -> None:
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    file = held.enter_context((self.path / ".lock").open("w"))
+                except OSError as error:
+                    raise UserError(f"{self.path}: nothing can be written here: {error.strerror}") from error
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    message = f"{self.path}: another process is writing this run; wait for it or stop it"
+                    raise UserError(message) from None
+
+            take()
             yield
 
     # --- the ledger
@@ -153,6 +165,7 @@ class RunFolder:
             row["at"] = record["at"]
         return rows
 
+    @on_main
     def confirm(self, event: str, **facts: Any) -> dict[str, Any]:
         """Append a line: from now on this is finished."""
         record = {"event": event, "at": now(), **facts}
@@ -173,12 +186,14 @@ class RunFolder:
         learned = self.records("init_learned")
         return _check_files(self.init / "model", learned[0]["files"]) if learned else None
 
+    @on_main
     def cut_unconfirmed(self) -> None:
         """Remove a last line without its newline, or the next line would be glued to it."""
         text = self._ledger.read_text(encoding="utf-8", errors="replace") if self._ledger.is_file() else ""
         if text and not text.endswith("\n"):
             write_text(self._ledger, text[: text.rfind("\n") + 1])
 
+    @on_main
     def tidy(self, tasks: Collection[str]) -> None:
         """Remove what no line of the ledger names, and let pool/ show the last snapshot."""
         self.cut_unconfirmed()
@@ -210,6 +225,13 @@ class RunFolder:
         lines = self.training_log.read_text(encoding="utf-8").splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n")]
 
+    @on_main
+    def append_log(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records of training steps to the training log."""
+        with self.training_log.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    @on_main
     def forget_log_of(self, task: str) -> None:
         """Remove the training log of a task that was interrupted or rolled back."""
         if self.training_log.is_file():
@@ -219,6 +241,7 @@ class RunFolder:
 
     # --- snapshots
 
+    @on_main
     def save_snapshot(
         self, stage: str, pool: Pool, method: Combined, model_card: Callable[[str], str]
     ) -> dict[str, str]:
@@ -242,6 +265,7 @@ class RunFolder:
         _save_method(method, partial)
         return move_durably(partial, final)
 
+    @on_main
     def publish(self, stage: str) -> None:
         """Let pool/ and codebook.json show a stage. Both can be made again from history/ at any time."""
         source, target, partial = self._history / stage, self.path / "pool", self.path / ".pool.part"
@@ -257,10 +281,14 @@ class RunFolder:
 
     def load_snapshot(self, record: Mapping[str, Any], pool: Pool, method: Combined) -> None:
         """Load what `save_snapshot` wrote. Raises UserError as `check_snapshot` does."""
+        self.load_adapters(record, pool)
+        _load_method(method, self._history / record["stage"])
+
+    def load_adapters(self, record: Mapping[str, Any], pool: Pool) -> None:
+        """Load the adapters that `save_snapshot` wrote. Raises UserError as `check_snapshot` does."""
         folder = self.check_snapshot(record)
         for name in record["sha256"]:
             pool.load(name, folder / name)
-        _load_method(method, folder)
 
     def check_snapshot(self, record: Mapping[str, Any]) -> Path:
         """The folder of a snapshot, each file compared with the hash in its ledger line.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Sequence
@@ -13,16 +15,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lcia.backbone
 import lcia.evaluation
 from lcia.adapters import Pool, find_projector, language_targets
 from lcia.backbone import Backbone, Layout, Reader, find_model, fit_demonstrations, load_backbone, load_layout
-from lcia.backbone.images import open_image
+from lcia.backbone.images import image_size, open_image
+from lcia.backbone.layout import ENCODER_DECODER
 from lcia.config import RunConfig, load_config
+from lcia.ema.sharding import whole
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
 from lcia.files import file_sha256
 from lcia.methods import Combined, Placement, build_method
+from lcia.processes import is_sharding
 from lcia.progress import Reporter
 from lcia.results import library_versions, machine
 from lcia.run_folder import RunFolder
@@ -82,6 +89,31 @@ class Session:
         if snapshot is not None:
             self.folder.load_snapshot(snapshot, self.pool, self.method)
 
+    def load_anew(self, placement: Placement) -> None:
+        """Model, pool and method whole again in every process, behind a task learned with all weights sharded (FSDP2).
+
+        `fully_shard` cannot be undone in place: the base and what was learned before come from their files.
+        """
+        carried = self.method.state_dict()
+        learned = {name: whole(value.detach()).cpu() for name, value in self.pool.parameters(placement.adapter).items()}
+        name = self.backbone.name
+        del self.backbone, self.pool, self.method  # there may be no room for both
+        gc.collect()
+        torch.cuda.empty_cache()
+        backbone = load_backbone(name, self.config.dtype, self.config.attn_implementation)
+        self.backbone = _as_configured(backbone, self.config)
+        self.pool = make_pool(self.config, self.backbone)
+        self.go_to(None)
+        self.method.load_state_dict(carried)
+        snapshots = self.folder.snapshots()
+        if snapshots:
+            self.folder.load_adapters(snapshots[-1], self.pool)
+        if placement.is_new:
+            self.pool.add(placement.adapter)
+        with torch.no_grad():
+            for key, parameter in self.pool.parameters(placement.adapter).items():
+                parameter.copy_(learned[key])
+
 
 def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbone) -> Session:
     """The run as its last snapshot left it.
@@ -94,6 +126,7 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
             f"{folder.path}: the weights of model {backbone.name} are not those the run began with; its adapters "
             "belong to the old ones"
         )
+    backbone = _as_configured(backbone, config)
     session = Session(
         folder, config, stream, backbone, make_pool(config, backbone), build_method(config.method_parts())
     )
@@ -104,6 +137,11 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
         for task, placement in record["placements"].items():
             session.placements[task] = Placement(**placement)
     return session
+
+
+def _as_configured(backbone: Backbone, config: RunConfig) -> Backbone:
+    """The model with a reader that shows images as the configuration says."""
+    return replace(backbone, reader=backbone.reader.with_padding(config.image_padding))
 
 
 def begin(folder: RunFolder, config: RunConfig, stream: Stream, base_sha256: str) -> None:
@@ -179,10 +217,11 @@ def require_same_config(
 
 
 def load_run_stream(config: RunConfig) -> Stream:
-    """The configuration's stream, its tasks and its limits applied.
+    """The configuration's stream, its tasks and its limits applied, its system message in every prompt.
 
     Training rows are a draw that depends on the run's seed; evaluation rows are the same for every seed, and so
-    is the split of data without splits, so that runs can be compared row by row.
+    is the split of data without splits, so that runs can be compared row by row. With `skip_bad_rows` the images of
+    what was drawn are opened.
     """
     stream = load_stream(config.stream, tasks=config.tasks, skip_bad_rows=config.skip_bad_rows)
     tasks = []
@@ -192,8 +231,56 @@ def load_run_stream(config: RunConfig) -> Stream:
         dev = _draw(task.dev, config.max_eval_examples, stable_seed(0, task.name, "dev"))
         if config.eval_split == "dev" and not dev:
             raise UserError(f"task {task.name!r}: eval_split is dev, and its dev split is empty")
+        train, dev, test = (tuple(with_system(row, config.system) for row in rows) for rows in (train, dev, test))
         tasks.append(Task(task.name, task.instructions, train, dev, test, task.scorer))
-    return Stream(stream.name, tuple(tasks), stream.notes)
+    drawn = Stream(stream.name, tuple(tasks), stream.notes)
+    return _with_usable_images(drawn) if config.skip_bad_rows else drawn
+
+
+def with_system(row: Row, system: str | None) -> Row:
+    """The row with this system message, where it has none of its own."""
+    if system is None or row.messages[0][0] == "system":
+        return row
+    return replace(row, messages=(("system", system), *row.messages))
+
+
+def _with_usable_images(stream: Stream) -> Stream:
+    """The stream less the rows with an image that cannot be opened, which the notes list.
+
+    Raises:
+        UserError: a task has no rows of a split left.
+    """
+    notes, tasks = list(stream.notes), []
+    paths = dict.fromkeys(path for task in stream for row in _rows_of(task) for path in row.images)
+    with ThreadPoolExecutor() as threads:  # decoding leaves the interpreter free
+        faults = {path: fault for path, fault in zip(paths, threads.map(_image_fault, paths), strict=True) if fault}
+    if not faults:
+        return stream
+    for task in stream:
+        bad = {row: faults[path] for row in _rows_of(task) for path in row.images if path in faults}
+        splits = {"train": task.train, "dev": task.dev, "test": task.test}
+        kept = {split: tuple(row for row in rows if row not in bad) for split, rows in splits.items()}
+        told = [f"{row.source}: {fault}" for row, fault in bad.items()]
+        for split, rows in splits.items():
+            if rows and not kept[split]:
+                raise UserError(f"task {task.name!r}: no {split} row is left whose images can be opened: {told[0]}")
+        if bad:
+            notes += [f"{task.name}: {len(bad)} rows skipped whose image cannot be opened", *told]
+        tasks.append(replace(task, train=kept["train"], dev=kept["dev"], test=kept["test"]))
+    return Stream(stream.name, tuple(tasks), tuple(notes))
+
+
+def _rows_of(task: Task) -> tuple[Row, ...]:
+    return (*task.train, *task.dev, *task.test)
+
+
+def _image_fault(path: str) -> str | None:
+    """Why an image cannot be used."""
+    try:
+        open_image(path)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def additional_stream(config: RunConfig, source: Any, tasks: list[str] | None) -> Stream:
@@ -239,7 +326,7 @@ def _draw(rows: tuple[Row, ...], limit: int | None, seed: int) -> tuple[Row, ...
 def rows_sha256(task: Task) -> str:
     """What a task teaches and asks, by content."""
     rows = [
-        [split, row.id, row.instruction, row.messages, row.outputs, row.images]
+        [split, row.id, row.instruction, row.messages, row.outputs, row.images, *([True] if row.every_answer else [])]
         for split, rows in (("train", task.train), ("dev", task.dev), ("test", task.test))
         for row in rows
     ]
@@ -249,13 +336,31 @@ def rows_sha256(task: Task) -> str:
 # --- checks before any training
 
 
+def check_sharding(config: RunConfig) -> None:
+    """Raises UserError for a way of spreading the weights over processes that the run cannot go."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError(
+            "the launcher asks for DeepSpeed, whose weights and gradients nobody can read; use DDP or FSDP2"
+        )
+    if not is_sharding():
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("the launcher asks for FSDP1, whose weights nobody can read; set fsdp_version: 2")
+    parts = build_method(config.method_parts()).leaves()
+    unable = [part.name for part in parts if not part.works_sharded()]
+    if unable:
+        raise UserError(
+            f"method {unable[0]} looks at weights or gradients that FSDP2 spreads over processes; train it with DDP"
+        )
+
+
 def check_images(stream: Stream, model: str, reporter: Reporter) -> None:
     """Open every image once, before any training.
 
     Raises:
         UserError: an image cannot be used, or the model reads text only; names the first row.
     """
-    rows = [row for task in stream for row in (*task.train, *task.dev, *task.test) if row.images]
+    rows = [row for task in stream for row in _rows_of(task) if row.images]
     if not rows:
         return
     if not load_layout(find_model(model), model).sees:
@@ -264,22 +369,46 @@ def check_images(stream: Stream, model: str, reporter: Reporter) -> None:
     reporter.start("opening images", total=len(shown))
 
     def opened(path: str) -> None:
-        try:
-            open_image(path)
-        except UserError as error:
-            raise UserError(f"{shown[path].source}: {error}") from None
+        fault = _image_fault(path)
+        if fault is not None:
+            raise UserError(f"{shown[path].source}: {fault}")
 
-    with ThreadPoolExecutor() as threads:  # decoding leaves the interpreter free
+    with ThreadPoolExecutor() as threads:
         for _ in threads.map(opened, reversed(shown)):
             reporter.advance()
 
 
 def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config: RunConfig) -> None:
-    """Raises UserError before any training for a task of which no row fits."""
+    """What only the model's reader knows: whether it takes images of every size, and whether rows fit.
+
+    Raises:
+        UserError: an image's size is refused, a task has conversations that the model cannot learn, or none of its
+            rows fits.
+    """
+    reader = reader.with_padding(config.image_padding)
+    _check_image_sizes(tasks, reader)
     for task in tasks:
+        several = [row for row in task.train if row.every_answer]
+        if several and layout is ENCODER_DECODER:
+            raise UserError(
+                f"{several[0].source}: the answers of a conversation are learned together, which an encoder-decoder "
+                "cannot: it reads all questions before it answers"
+            )
         encoded = (reader.encode(row.with_demonstrations(0)) for row in task.train)
         if not any(layout.fits(len(ids.prompt), len(ids.answer), config) for ids in encoded):
             raise UserError(f"task {task.name!r}: no training row fits {layout.limit_text(config)}; raise it")
+
+
+def _check_image_sizes(tasks: Sequence[Task], reader: Reader) -> None:
+    shown: dict[str, Row] = {}  # path → the first row with it
+    for row in (row for task in tasks for row in _rows_of(task)):
+        shown |= {path: row for path in row.images if path not in shown}
+    with ThreadPoolExecutor() as threads:
+        for (path, row), size in zip(shown.items(), threads.map(image_size, shown), strict=True):
+            try:
+                reader.check_size(*size)
+            except UserError as error:
+                raise UserError(f"{row.source}: image {path}: {error}") from None
 
 
 def check_target_modules(backbone: Backbone, targets: str | list[str]) -> None:

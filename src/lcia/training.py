@@ -16,7 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from lcia.backbone import Encoded, answer_logits
 from lcia.checkpoint import Checkpoint, load_trained, mark_complete, save_trained
+from lcia.ema.sharding import local
 from lcia.methods import Method, Placement, Training
+from lcia.processes import is_sharding, on_main
 from lcia.stream import Row, Task
 
 LogFunction = Callable[[dict[str, Any]], None]  # one dict per optimizer step
@@ -28,6 +30,7 @@ class Learned:
 
     seconds: float  # of training, what an interrupted attempt took included
     log: list[dict[str, Any]]  # one record per optimizer step
+    sharded: bool  # the model's weights are spread over processes by now
 
 
 class _Moments(TrainerCallback):
@@ -104,9 +107,12 @@ class _Moments(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._write_progress(folder, state.global_step)
+
+    @on_main
+    def _write_progress(self, folder: Path, step: int) -> None:
         self._method.save_progress(folder)
-        if args.should_save:
-            mark_complete(folder, self._task.name, state.global_step, self.seconds, list(self.log.values()))
+        mark_complete(folder, self._task.name, step, self.seconds, list(self.log.values()))
 
     @property
     def seconds(self) -> float:
@@ -131,7 +137,7 @@ class TaskTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._method = method
-        self._projector = {name: value for name, value in self.model.named_parameters() if name in projector}
+        self._projector = frozenset(projector)
         self._projector_learning_rate = projector_learning_rate
         self.model_accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch itself
 
@@ -139,12 +145,20 @@ class TaskTrainer(Trainer):
         """The projector's parameters, when they have a learning rate of their own, in groups of their own."""
         optimizer = super().create_optimizer(model)
         if self._projector_learning_rate is not None:
-            own = set(self._projector.values())
+            own = set(self._projector_weights())
             for group in list(optimizer.param_groups):
                 members = [parameter for parameter in group["params"] if parameter in own]
                 group["params"] = [parameter for parameter in group["params"] if parameter not in own]
                 optimizer.add_param_group({**group, "params": members, "lr": self._projector_learning_rate})
         return optimizer
+
+    def _projector_weights(self) -> list[torch.nn.Parameter]:
+        return [value for name, value in self.model.named_parameters() if name in self._projector]
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, tokens = super().get_batch_samples(*args, **kwargs)
+        self._step_rows = sum(len(batch["labels"]) for batch in batches)
+        return batches, tokens
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -155,7 +169,8 @@ class TaskTrainer(Trainer):
             tokens = tokens / self.accelerator.num_processes  # gradients are averaged over processes
         loss = cross_entropy(logits, targets, reduction="sum") / tokens
         micro_batches = self.current_gradient_accumulation_steps
-        penalty = self._method.penalty({**inputs, "answer_logits": logits, "answer_tokens": tokens / micro_batches})
+        sizes = {"answer_tokens": tokens / micro_batches, "rows": self._step_rows / micro_batches}
+        penalty = self._method.penalty({**inputs, "answer_logits": logits, **sizes})
         if penalty is not None:
             # once per optimizer step, however many micro-batches share it
             loss = loss + penalty / micro_batches
@@ -183,7 +198,7 @@ class TaskTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def _see_grads(self) -> None:
-        for parameter in self._projector.values():
+        for parameter in self._projector_weights() if self._projector else []:
             if parameter.grad is None:  # no row of this step had an image: the loss does not depend on it
                 parameter.grad = torch.zeros_like(parameter)
         self._method.see_grads()
@@ -227,11 +242,12 @@ def learn_task(
             **arguments,
             "output_dir": str(state_folder),
             "seed": seed,
-            "save_strategy": "steps",
+            "save_strategy": "no" if is_sharding() else "steps",
             "report_to": arguments.get("report_to", "none"),
             "disable_tqdm": True,
             "logging_nan_inf_filter": False,  # it would hide a diverged loss
             "remove_unused_columns": False,
+            "use_cpu": not torch.cuda.is_available(),  # where the backbone is
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
     )
@@ -247,10 +263,11 @@ def learn_task(
         projector_learning_rate=projector_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)  # results go to stdout, and this is not one
+    assert trainer.is_fsdp_enabled == is_sharding(), "the launcher's FSDP settings did not reach the Trainer"
     trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint is not None else None)
     seconds = moments.seconds
     model.eval()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
+        if parameter.requires_grad and not torch.isfinite(local(parameter)).all():
             raise RuntimeError(f"task {task.name!r}: {name} is not finite after training; lower learning_rate")
-    return Learned(seconds, list(moments.log.values()))
+    return Learned(seconds, list(moments.log.values()), sharded=trainer.is_fsdp_enabled)

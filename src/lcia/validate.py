@@ -11,6 +11,7 @@ from lcia.grouping import Codebook
 from lcia.init_stage import init_stream
 from lcia.methods import build_method
 from lcia.progress import Reporter
+from lcia.remarks import about_groups, remarks
 from lcia.session import check_images, check_lengths, load_run_stream
 from lcia.stream import Stream, StreamSummary, describe, load_stream
 
@@ -27,13 +28,14 @@ def validate_config(config: RunConfig, reporter: Reporter) -> StreamSummary:
     codebook = build_method(config.method_parts()).codebook
     where = find_model(config.model)
     layout = load_layout(where, config.model)
-    reader = load_reader(where, config.model, layout)
+    reader = load_reader(where, config.model, layout).with_padding(config.image_padding)
     check_lengths((*(init or ()), *stream), reader, layout, config)
     if init is not None:
         rows = sum(len(task.train) for task in init)
         told = f"Init: {len(init)} tasks, learned at once before the stream: {rows} training rows"
         stream = replace(stream, notes=(*stream.notes, *(f"Init: {note}" for note in init.notes), told))
     stream = fit_demonstrations(stream, reader, layout, config)
+    stream = replace(stream, notes=(*stream.notes, *remarks(config, stream)))
     return describe(
         stream,
         count_tokens=lambda row: layout.length(reader.encode(row)),
@@ -46,6 +48,8 @@ def validate_folder(folder: Path, model: str | None = None) -> StreamSummary:
     """A folder's rows in numbers, counted in the model's tokens when one is named, and the groups lcia would form."""
     stream = load_stream(folder)
     groups = planned_groups(stream, Codebook())
+    told = about_groups({task: group for task, (group, _) in groups.items()})
+    stream = replace(stream, notes=(*stream.notes, *told))
     if model is None:
         return describe(stream, groups=groups)
     where = find_model(model)

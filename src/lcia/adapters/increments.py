@@ -27,6 +27,7 @@ from lcia.adapters.pool import stack_members
 from lcia.adapters.targets import attention_outputs, features
 from lcia.backbone import Backbone, RowWise
 from lcia.backbone.loading import weights_sha256
+from lcia.errors import UserError
 
 
 def nearest(queries: torch.Tensor, keys: torch.Tensor, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,10 +79,14 @@ class Slots(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.zeros(outputs, slots * rank))
         torch.nn.init.uniform_(self.A, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
-    def forward(self, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-        """Σ_s c_bs B_s A_s x_b, (B, L, out), in fp32; x is (B, L, in), `share` = c (B, S)."""
-        inner = linear(x.to(self.A.dtype), self.A)  # (B, L, S R)
-        return linear(inner * share.repeat_interleave(self.rank, dim=1)[:, None], self.B)
+    def forward(self, x: torch.Tensor, share: torch.Tensor, fixed: bool = False) -> torch.Tensor:
+        """Σ_s c_bs B_s A_s x_b, (B, L, out), in fp32; x is (B, L, in), `share` = c (B, S).
+
+        fixed: no gradient for A and B.
+        """
+        A, B = (self.A.detach(), self.B.detach()) if fixed else (self.A, self.B)
+        inner = linear(x.to(A.dtype), A)  # (B, L, S R)
+        return linear(inner * share.repeat_interleave(self.rank, dim=1)[:, None], B)
 
 
 class Choice(RowWise):
@@ -113,7 +118,7 @@ class IncrementPool(ModulePool):
         chosen: how many slots a row chooses at most.
         context_start: where the weights w of earlier adapters start, in [0, 1].
         one_pool: a new adapter starts with the slots of its `start`, as a later state of one pool.
-        settings: see ModulePool.
+        settings, seed: see ModulePool.
     """
 
     def __init__(
@@ -132,7 +137,10 @@ class IncrementPool(ModulePool):
         self._decoder = model.get_decoder()
         self._stacks = [model.get_encoder(), self._decoder] if model.config.is_encoder_decoder else [self._decoder]
         self._chosen, self._one_pool = chosen, one_pool
-        self._mixture: dict[str, torch.Tensor] = {}  # adapter → (B, S), of the batch that is passing through
+        self.seed = seed
+        # Of the batch that is passing through; a layer that is computed again in its backward pass needs it still.
+        self._mixture: dict[str, torch.Tensor] = {}  # adapter → (B, S)
+        self._with_grad = False
 
         def make(target: torch.nn.Module) -> torch.nn.Module:
             if target is self._decoder:
@@ -214,11 +222,19 @@ class IncrementPool(ModulePool):
         used = torch.stack([choice.used for choice in choices])
         mixed = mixture(intrinsic, torch.stack(weights), used)
         self._mixture = dict(zip(acting, mixed.unbind(1), strict=True))
+        self._with_grad = torch.is_grad_enabled()
 
     def _changed(self, target: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if target is self._decoder:
             return output
+        if self._with_grad and not torch.is_grad_enabled():  # each layer would go back through the one mixture
+            raise UserError(
+                "key 'activation_checkpointing_kwargs': increments share their mixture over all layers, which "
+                "use_reentrant: true cannot; leave the key out"
+            )
         changed = output
+        newest = next(reversed(self._mixture))
         for name, share in self._mixture.items():
-            changed = changed + small_module(target, name)(inputs[0], share)  # fp32, whatever the base's dtype
+            # fp32, whatever the base's dtype; stop_grad(Z̄): earlier adapters take part, and do not learn
+            changed = changed + small_module(target, name)(inputs[0], share, fixed=name != newest)
         return changed.to(output.dtype)

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lcia.adapters.base import Pool
@@ -121,7 +122,9 @@ class AdapterPool(Pool):
 
     def _state(self, name: str) -> dict[str, torch.Tensor]:
         """{parameter name without the adapter's: tensor}: what PEFT writes into adapter_model.safetensors."""
-        return {_without_name(name, key): value.detach() for key, value in self.parameters(name).items()}
+        found = {_without_name(name, key): value.detach() for key, value in self.parameters(name).items()}
+        # of weights that are spread over processes (FSDP2), each process gets the whole
+        return {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in found.items()}
 
     @torch.no_grad()
     def _copy_in(self, name: str, state: dict[str, torch.Tensor]) -> None:

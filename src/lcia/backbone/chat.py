@@ -12,12 +12,13 @@ Shapes: B rows, L padded tokens, A padded answer tokens + 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from lcia.errors import UserError
 from lcia.stream import Row
 
 Chat: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
@@ -33,9 +34,19 @@ class Encoded:
     text: str = ""  # of the prompt, where it shows images: they are read again for every batch
     images: tuple[str, ...] = ()  # absolute paths
     instruction: str = ""  # what the request is routed by
+    user_text: str = ""  # see Row
+    unlearned: tuple[int, ...] = ()  # places in `answer`: questions that stand between the answers of a conversation
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens of `answer`, IGNORED where there is no loss."""
+        labels = list(self.answer)
+        for place in self.unlearned:
+            labels[place] = IGNORED
+        return labels
 
 
 def _turns(chat: Chat, messages: Sequence[tuple[str, str]], images: int) -> list[dict[str, Any]]:
@@ -65,11 +76,10 @@ def render_prompt(chat: Chat, messages: Sequence[tuple[str, str]], images: int =
 def render_answer(chat: Chat, messages: Sequence[tuple[str, str]], answer: str, images: int = 0) -> str:
     """The answer as the template writes it, up to and with the end of the turn."""
     end = str(_tokenizer(chat).eos_token or "")
-    prompt = render_prompt(chat, messages, images)
     if chat.chat_template is None:
         return answer + end
-    turns = _turns(chat, [*messages, ("assistant", answer)], images)
-    full = str(chat.apply_chat_template(turns, tokenize=False))
+    prompt = render_prompt(chat, messages, images)
+    full = _render_answered(chat, [*messages, ("assistant", answer)], images)
     # Some templates rewrite earlier turns once an answer follows; then the plain form is used.
     written = full[len(prompt) :] if full.startswith(prompt) else answer
     if end and end in written[len(answer) :]:
@@ -78,23 +88,81 @@ def render_answer(chat: Chat, messages: Sequence[tuple[str, str]], answer: str, 
     return written + end
 
 
+def _render_answered(chat: Chat, messages: Sequence[tuple[str, str]], images: int) -> str:
+    """A conversation that ends with an answer, as it stands before the next question."""
+    if chat.chat_template is None:
+        return render_prompt(chat, messages, images)
+    return str(chat.apply_chat_template(_turns(chat, messages, images), tokenize=False))
+
+
+def _render_question(chat: Chat, messages: Sequence[tuple[str, str]], answered: int, images: int) -> str:
+    """What stands between the last of the first `answered` turns, an answer as `render_answer` writes it, and the
+    answer to the last of all turns.
+    """
+    *before, (_, answer) = messages[:answered]
+    full = _render_answered(chat, messages[:answered], images)
+    prompt = render_prompt(chat, messages, images)
+    if not prompt.startswith(full):
+        raise UserError(
+            "the model's chat template writes the earlier turns of a conversation in another way than when they were "
+            "answered: their answers cannot be learned together"
+        )
+    answer_end = render_prompt(chat, before, images) + render_answer(chat, before, answer, images)
+    # a template may write no end of the turn behind earlier answers (LLaVA's)
+    return (full.removeprefix(answer_end) if full.startswith(answer_end) else "") + prompt[len(full) :]
+
+
 def _tokenizer(chat: Chat) -> PreTrainedTokenizerBase:
     return chat if isinstance(chat, PreTrainedTokenizerBase) else chat.tokenizer
 
 
 def encode_row(chat: Chat, row: Row) -> Encoded:
     """Prompt and answer of a row without images, tokenised apart: generation starts from the very tokens trained on."""
-    return Encoded(encode_prompt(chat, row), encode_answer(chat, row), instruction=row.instruction)
+    prompt, (answer, unlearned) = encode_prompt(chat, row.opening), encode_answers(chat, row)
+    return Encoded(prompt, answer, instruction=row.instruction, user_text=row.user_text, unlearned=unlearned)
 
 
 def encode_prompt(chat: Chat, row: Row) -> tuple[int, ...]:
-    special = chat.chat_template is None  # a template writes its own special tokens
-    return tuple(_tokenizer(chat)(render_prompt(chat, row.messages), add_special_tokens=special)["input_ids"])
+    text = render_prompt(chat, row.messages)
+    return tuple(_tokenizer(chat)(text, add_special_tokens=lacks_special_tokens(chat, text))["input_ids"])
+
+
+def lacks_special_tokens(chat: Chat, prompt: str) -> bool:
+    """Whether the tokenizer has to add its special tokens to a rendered prompt.
+
+    A tokenizer's template writes them itself. A processor's may leave out the one that begins a text (LLaVA-1.5's
+    does), and transformers then lets the tokenizer add it.
+    """
+    if chat.chat_template is None:
+        return True
+    begin = _tokenizer(chat).bos_token
+    return isinstance(chat, ProcessorMixin) and not (begin is not None and prompt.startswith(str(begin)))
 
 
 def encode_answer(chat: Chat, row: Row) -> tuple[int, ...]:
     text = render_answer(chat, row.messages, row.outputs[0], len(row.images))
     return tuple(_tokenizer(chat)(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_answers(chat: Chat, row: Row) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens behind `row.opening`, from its first answer to its last, and which of them are questions.
+
+    Raises:
+        UserError: the model's template does not let the answers of a conversation be learned together.
+    """
+    first, images = len(row.opening.messages), len(row.images)
+    turns = (*row.messages, ("assistant", row.outputs[0]))
+    answers = [place for place in range(first, len(turns)) if turns[place][0] == "assistant"]
+    ids: list[int] = []
+    questions: list[int] = []
+    for number, place in enumerate(answers):
+        if number:
+            text = _render_question(chat, turns[:place], answers[number - 1] + 1, images)
+            question = _tokenizer(chat)(text, add_special_tokens=False)["input_ids"]
+            questions += range(len(ids), len(ids) + len(question))
+            ids += question
+        ids += encode_answer(chat, replace(row, messages=turns[:place], outputs=(turns[place][1],)))
+    return tuple(ids), tuple(questions)
 
 
 def pad_left(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -121,7 +189,7 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
     attention_mask = pad_left([[1] * len(sequence) for sequence in sequences], 0)
     keep = max(len(row.answer) for row in rows) + 1  # the token before the answer predicts its first one
     keep = min(keep, input_ids.shape[1])
-    labels = pad_left([[IGNORED] * (keep - len(row.answer)) + list(row.answer) for row in rows], IGNORED)
+    labels = pad_left([[IGNORED] * (keep - len(row.answer)) + row.labels for row in rows], IGNORED)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,

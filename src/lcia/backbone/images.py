@@ -7,13 +7,15 @@ Shapes: H × W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from lcia.errors import UserError
 
@@ -23,6 +25,10 @@ MAX_PIXELS = 64_000_000
 
 # Pixel formats only: other plugins of Pillow start programs (EPS) or guess (raw data).
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+
+Colour = tuple[int, int, int]  # red, green, blue, from 0 to 255
+
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 # What Pillow's decoders raise on files that are broken or cut off.
 _BROKEN = (
@@ -47,15 +53,22 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         UserError: no such file, not an image, broken, cut off, larger than `max_pixels`, or pixels of unknown range.
     """
+    with _head(path) as image:
+        if image.width * image.height > max_pixels:
+            raise UserError(
+                f"image {path}: {image.width} x {image.height} pixels, more than the {max_pixels:,} "
+                "that are opened; scale it down"
+            )
+        return _as_rgb(ImageOps.exif_transpose(image), path)
+
+
+@contextlib.contextmanager
+def _head(path: str | Path) -> Iterator[Image.Image]:
+    """The image at `path`, of which only the file's head has been read; errors inside name the file."""
     Image.init()  # the plugins that this installation of Pillow has
     try:
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            if image.width * image.height > max_pixels:
-                raise UserError(
-                    f"image {path}: {image.width} x {image.height} pixels, more than the {max_pixels:,} "
-                    "that are opened; scale it down"
-                )
-            return _as_rgb(ImageOps.exif_transpose(image), path)
+            yield image
     except FileNotFoundError:
         raise UserError(f"image {path}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
@@ -66,6 +79,43 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise UserError(f"image {path}: too large to be opened ({error}); scale it down") from None
     except _BROKEN as error:
         raise UserError(f"image {path}: broken or cut off ({error}); get it again or save it anew") from None
+
+
+def square_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height, in pixels, of the square that holds an image.
+
+    Raises:
+        UserError: it has more than MAX_PIXELS.
+    """
+    side = max(width, height)
+    if side * side > MAX_PIXELS:
+        raise UserError(
+            f"{width} x {height} pixels, as a square more than the {MAX_PIXELS:,} that are opened; scale it down"
+        )
+    return side, side
+
+
+def padded_to_square(image: Image.Image, colour: Colour) -> Image.Image:
+    """The image in the middle of a square: nothing of it is cut off or stretched.
+
+    Raises:
+        UserError: the square is too large.
+    """
+    size = square_size(*image.size)
+    square = Image.new("RGB", size, colour)
+    square.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return square
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, in pixels; only the file's head is read.
+
+    Raises:
+        UserError: as `open_image`, as far as the head tells.
+    """
+    with _head(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        return image.size[::-1] if turned else image.size
 
 
 def image_sha256(image: Image.Image) -> str:

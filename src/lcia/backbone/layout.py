@@ -29,6 +29,7 @@ from lcia.backbone.chat import IGNORED, Encoded
 
 Batch = Mapping[str, torch.Tensor]
 _TEXT = {"input_ids", "attention_mask", "position_ids", "labels", "query"}  # what a batch holds without images
+_OF_THE_LOSS = {"answer_logits", "answer_tokens", "rows"}  # what a method's penalty finds in it as well
 
 
 class Limits(Protocol):
@@ -206,7 +207,7 @@ class VisionLanguage(DecoderOnly):
         return {
             name: values if values.shape[:2] != batch["attention_mask"].shape else values[:, -length:]
             for name, values in batch.items()
-            if name not in _TEXT
+            if name not in _TEXT | _OF_THE_LOSS
         }
 
 

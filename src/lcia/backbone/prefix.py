@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import distributed
+from accelerate.utils import extract_model_from_parallel
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from lcia.processes import is_sharding
 
 _LEAST_SHARE = 0.2  # of a batch's tokens: below, the second pass through the model costs what it saves
 _LEAST_ON_GPU = 2048  # tokens saved: there a pass over few tokens costs its kernel launches
@@ -29,14 +31,15 @@ def of_batch(
     Returns:
         None where they share too little, or where going on from a cache would make a difference.
     """
+    model = extract_model_from_parallel(model)  # DDP counts the passes through its own forward
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     rows, length = ids.shape
     if "query" in batch:
         return None  # each row may have weights of its own
-    if rows == 1 or (distributed.is_initialized() and distributed.get_world_size() > 1) or _is_random(model):
-        return None  # several processes hook into one forward pass per step
+    if rows == 1 or is_sharding() or _is_random(model):
+        return None  # sharded weights are put together for one forward pass per step
     lengths = mask.sum(dim=1)
-    prompts = lengths - (labels >= 0).sum(dim=1)
+    prompts = lengths - ((labels >= 0).cumsum(dim=1) > 0).sum(dim=1)  # an answer begins at its first label
     most = int(prompts.min()) - 1  # a prompt's last token predicts the first one of the answer: it stays in its row
     columns = (length - lengths)[:, None] + torch.arange(max(most, 0), device=ids.device)
     first = ids.gather(1, columns)  # (B, most)

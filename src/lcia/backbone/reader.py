@@ -14,10 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from lcia.backbone.chat import Chat, Encoded, collate, encode_answer, encode_prompt, pad_left, render_prompt
-from lcia.backbone.images import open_image
+from lcia.backbone.chat import (
+    Chat,
+    Encoded,
+    collate,
+    encode_answers,
+    encode_prompt,
+    lacks_special_tokens,
+    pad_left,
+    render_prompt,
+)
+from lcia.backbone.images import Colour, open_image, padded_to_square, square_size
 from lcia.errors import UserError
 from lcia.files import file_sha256
 from lcia.stream import Row
@@ -27,12 +37,21 @@ class Reader:
     """What transformers calls a processor, for rows: token ids of one, tensors of several."""
 
     sees = False  # whether rows may have images
-    # A method whose weights differ from row to row sets it: instruction → (D,), by which it tells rows apart.
-    query: Callable[[str], NDArray[np.float32]] | None = None
+    # A method whose weights differ from row to row sets it: row → (D,), of its instruction or user_text, by which the
+    # method tells rows apart.
+    query: Callable[[Encoded], NDArray[np.float32]] | None = None
 
     def __init__(self, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
         self.chat = chat
         self.tokenizer = tokenizer
+
+    def with_padding(self, padding: str | None) -> Reader:
+        """The reader for rows whose images are padded first, as `image_padding` of a configuration says."""
+        return self
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises UserError if images of so many pixels cannot be shown, whatever is on them."""
+        raise UserError("the model reads text only")
 
     @property
     def pad_id(self) -> int:
@@ -40,12 +59,17 @@ class Reader:
         return int(self.tokenizer.pad_token_id)
 
     def encode(self, row: Row) -> Encoded:
-        """Prompt and answer."""
-        return replace(self.encode_prompt(row), answer=encode_answer(self.chat, row))
+        """Prompt and answer; of a conversation whose every answer is learned, all behind its first question."""
+        prompt = self.encode_prompt(row.opening)
+        try:
+            answer, unlearned = encode_answers(self.chat, row)
+        except UserError as error:
+            raise UserError(f"{row.source}: {error}") from None
+        return replace(prompt, answer=answer, unlearned=unlearned)
 
     def encode_prompt(self, row: Row) -> Encoded:
         """The prompt alone, to be answered."""
-        return Encoded(encode_prompt(self.chat, row), (), instruction=row.instruction)
+        return Encoded(encode_prompt(self.chat, row), (), instruction=row.instruction, user_text=row.user_text)
 
     def collate(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """A batch: input_ids, attention_mask, position_ids (B, L); labels (B, A); see lcia.backbone.chat. Where
@@ -53,31 +77,47 @@ class Reader:
         """
         batch = collate(rows, self.pad_id)
         if self.query is not None:
-            batch["query"] = torch.from_numpy(np.stack([self.query(row.instruction) for row in rows]))
+            batch["query"] = torch.from_numpy(np.stack([self.query(row) for row in rows]))
         return batch
 
     def content(self, row: Encoded) -> list[Any]:
         """JSON values that stand for what the model is shown."""
-        return [*row.prompt, *([] if self.query is None else [row.instruction])]
+        return [*row.prompt, *([] if self.query is None else [row.instruction, row.user_text])]
 
 
 class ImageReader(Reader):
     """For a vision-language model: its processor decides how an image is scaled, and how many tokens stand for it.
 
     The same preprocessing serves training and evaluation. Images are read when a batch is made, not kept.
+
+    Args:
+        padding: square: an image is first put in the middle of a square of the processor's mean colour, which the
+            processor makes 0; None: the processor sees it as it is.
+
+    Raises:
+        UserError: the processor has no mean colour.
     """
 
     sees = True
     chat: ProcessorMixin
 
-    def __init__(self, chat: ProcessorMixin, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, chat: ProcessorMixin, tokenizer: PreTrainedTokenizerBase, padding: str | None = None) -> None:
         super().__init__(chat, tokenizer)
         self._prompts: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
         self._hashes: dict[str, str] = {}
+        self._accepted: set[tuple[int, int]] = set()  # sizes that the processor takes
+        self._padding = padding
+        self._colour = None if padding is None else mean_colour(chat)
+
+    def with_padding(self, padding: str | None) -> ImageReader:
+        return ImageReader(self.chat, self.tokenizer, padding)
+
+    def encode(self, row: Row) -> Encoded:
+        self._check_text(row)  # later questions of a conversation are no part of its prompt
+        return super().encode(row)
 
     def encode_prompt(self, row: Row) -> Encoded:
-        if any(self.image_token in text for _, text in row.messages):
-            raise UserError(f"{row.source}: its text holds {self.image_token!r}, which stands for an image; remove it")
+        self._check_text(row)
         if not row.images:
             return super().encode_prompt(row)
         text = render_prompt(self.chat, row.messages, len(row.images))
@@ -87,7 +127,11 @@ class ImageReader(Reader):
             except UserError as error:
                 raise UserError(f"{row.source}: {error}") from None
             self._prompts[text, row.images] = tuple(shown["input_ids"][0].tolist())
-        return Encoded(self._prompts[text, row.images], (), text, row.images, row.instruction)
+        return Encoded(self._prompts[text, row.images], (), text, row.images, row.instruction, row.user_text)
+
+    def _check_text(self, row: Row) -> None:
+        if any(self.image_token in text for _, text in row.messages):
+            raise UserError(f"{row.source}: its text holds {self.image_token!r}, which stands for an image; remove it")
 
     @cached_property
     def image_token(self) -> str:
@@ -121,16 +165,48 @@ class ImageReader(Reader):
         for path in row.images:
             if path not in self._hashes:
                 self._hashes[path] = file_sha256(Path(path))
-        return [*super().content(row), *(self._hashes[path] for path in row.images)]
+        shown = [self._hashes[path] for path in row.images]
+        return [*super().content(row), *shown, *([self._padding] if shown and self._padding else [])]
+
+    def check_size(self, width: int, height: int) -> None:
+        size = (width, height) if self._colour is None else square_size(width, height)
+        if size not in self._accepted:
+            self._shown([self.image_token], [[Image.new("RGB", size)]])
+            self._accepted.add(size)
 
     def _process(self, texts: list[str], images: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
-        special = self.chat.chat_template is None
-        shown = self.chat(
-            text=texts,
-            images=[[open_image(Path(path)) for path in paths] for paths in images],
-            padding=True,
-            padding_side="left",
-            add_special_tokens=special,
-            return_tensors="pt",
-        )
+        opened = [[open_image(path) for path in paths] for paths in images]
+        try:
+            return self._shown(texts, [[self._padded(image) for image in row] for row in opened])
+        except UserError as error:
+            raise UserError(f"image {', '.join(path for paths in images for path in paths)}: {error}") from None
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        return image if self._colour is None else padded_to_square(image, self._colour)
+
+    def _shown(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+        try:
+            shown = self.chat(
+                text=texts,
+                images=images,
+                padding=True,
+                padding_side="left",
+                add_special_tokens=lacks_special_tokens(self.chat, texts[0]),
+                return_tensors="pt",
+            )
+        except (ValueError, ArithmeticError) as error:  # Qwen-VL's: one side over 200 times the other
+            raise UserError(f"the model's processor refuses it: {error}") from None
         return dict(shown)
+
+
+def mean_colour(chat: ProcessorMixin) -> Colour:
+    """The colour that a processor's normalisation makes 0, rounded as LLaVA rounds it.
+
+    Raises:
+        UserError: the processor has none.
+    """
+    mean = getattr(chat.image_processor, "image_mean", None)  # not every processor normalises
+    if not isinstance(mean, list | tuple) or len(mean) != 3:
+        raise UserError("key 'image_padding': the model's processor has no mean colour to pad with; leave the key out")
+    red, green, blue = (int(255 * part) for part in mean)
+    return red, green, blue

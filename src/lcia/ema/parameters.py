@@ -73,7 +73,7 @@ class Parameters:
     def named_whole(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
         """{name: all elements, from all processes}: a collective call where parameters are sharded."""
         pairs = zip(self.by_name.items(), parts, strict=True)
-        return {name: whole(part, parameter) for (name, parameter), part in pairs}
+        return {name: whole(like(part, parameter)) for (name, parameter), part in pairs}
 
     def parts_of(self, what: str, values: Mapping[str, Tensor]) -> list[Tensor]:
         """The parts that this process holds of these values, in the order of the parameters.

@@ -47,10 +47,9 @@ def like(local_part: Tensor, original: Tensor) -> Tensor:
     )
 
 
-def whole(local_part: Tensor, original: Tensor) -> Tensor:
-    """All elements, from all processes. A collective call where `original` is a DTensor."""
-    part = like(local_part, original)
-    return part.full_tensor() if isinstance(part, DTensor) else part
+def whole(tensor: Tensor) -> Tensor:
+    """All elements, from all processes. A collective call where `tensor` is a DTensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(value: Tensor, original: Tensor) -> Tensor:

@@ -15,9 +15,20 @@ from lcia.export.source import Source
 # vLLM reserves memory for every adapter that one batch may hold.
 _MAX_ADAPTERS_IN_A_BATCH = 8
 _PROMPT = (
-    "A prompt is the base model's chat template over one user turn, the input and on a new line the instruction "
+    "A prompt is the base model's chat template over {turns}, the input and on a new line the instruction "
     "(without a template: plain lines, `INPUT\\nINSTRUCTION\\n`). Answers were measured with greedy decoding."
 )
+_PADDING = """
+
+Before the processor sees it, an image is padded to a square of the processor's mean colour:
+
+```python
+from PIL import Image
+
+side = max(image.size)
+square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in processor.image_processor.image_mean))
+square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+```"""
 
 
 def adapter_card(source: Source, group: str, base: str) -> str:
@@ -61,12 +72,19 @@ def merged_card(source: Source, group: str, dtype: str, rounding: float) -> str:
     return _card(source, group, "transformers", what, use)
 
 
+def _prompt(source: Source) -> str:
+    """How the run asks."""
+    system = source.config.system
+    turns = "one user turn" if system is None else f"the system message {json.dumps(system)} and one user turn"
+    return _PROMPT.format(turns=turns) + (_PADDING if source.config.image_padding and source.layout.sees else "")
+
+
 def _card(source: Source, group: str, library: str, what: str, use: str, note: str = "") -> str:
     base = "" if source.base_is_local else f"base_model: {source.base}\n"
     return (
         f"---\n{base}library_name: {library}\ntags: [lora, continual-learning]\n---\n\n# {group}\n\n{what}\n\n"
         f"- tasks learned, in order: {', '.join(source.groups[group])}\n{_facts(source)}\n"
-        f"{_scores(source, group)}## Use\n\n```python\n{use}\n```\n\n{note}{_PROMPT}\n"
+        f"{_scores(source, group)}## Use\n\n```python\n{use}\n```\n\n{note}{_prompt(source)}\n"
     )
 
 
@@ -143,15 +161,17 @@ def serving_guide(source: Source, served: str) -> str:
             'match = load_routes("routes.json").route("INSTRUCTION")\n'
             f"model = match.group or {served!r}  # no group is near enough: the base model\n```"
         )
-    message = json.dumps({"role": "user", "content": "INPUT\nINSTRUCTION"})
+    turns = [] if source.config.system is None else [{"role": "system", "content": source.config.system}]
+    # as it stands between the quotes of a shell: a system message may hold an apostrophe
+    messages = shlex.quote(json.dumps([*turns, {"role": "user", "content": "INPUT\nINSTRUCTION"}]))[1:-1]
     return (
         "# Groups of one run, served by vLLM\n\n"
         "`./serve.sh` starts a server of the OpenAI API with one model name per group; options of `vllm serve` may "
         "follow. It was written from the documentation of vLLM 0.9 to 0.22 and was not tried.\n\n"
         f"| model | answers |\n|---|---|\n{models}| `{served}` | the base model |\n\n{route}\n\n"
         "```sh\ncurl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f'  -d \'{{"model": "MODEL", "temperature": 0, "messages": [{message}]}}\'\n```\n\n'
-        f"{_PROMPT} A base model without a template is asked at `/v1/completions`.\n\n"
+        f'  -d \'{{"model": "MODEL", "temperature": 0, "messages": {messages}}}\'\n```\n\n'
+        f"{_prompt(source)} A base model without a template is asked at `/v1/completions`.\n\n"
         f"The server computes in {_serving_dtype(source)} and rounds the adapters, float32 here, to it: last digits, "
         f"and now and then an answer, differ from the run's.\n\n{_facts(source)}"
     )

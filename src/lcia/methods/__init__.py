@@ -8,8 +8,9 @@ from typing import Any
 from lcia.errors import UserError, did_you_mean
 from lcia.methods.adapter_cl import AdapterCL
 from lcia.methods.agem import AGEM
-from lcia.methods.averaging import Averaging, LLaCA, StableEMA
+from lcia.methods.averaging import LLaCA, StableEMA
 from lcia.methods.base import Combined, Method, Placement, Training
+from lcia.methods.composition import why_not_together
 from lcia.methods.continual_llava import ContinualLLaVA
 from lcia.methods.eproj import EProj
 from lcia.methods.ewc import EWC
@@ -52,7 +53,8 @@ def build_method(parts: list[tuple[str, dict[str, Any]]], where: str = "configur
     """The method for a configuration's (name, options) pairs.
 
     Raises:
-        UserError: unknown method or option (the nearest valid one is named), or a value it refuses.
+        UserError: unknown method or option (the nearest valid one is named), a value it refuses, or parts that do not
+            go together.
     """
     built = []
     for name, options in parts:
@@ -67,30 +69,10 @@ def build_method(parts: list[tuple[str, dict[str, Any]]], where: str = "configur
             built.append(METHODS[name](**options))
         except (UserError, ValueError, TypeError) as error:
             raise UserError(f"{where}: key 'method': {name}: {error}") from error
-    combined = Combined(built)
-    leaves = combined.leaves()
-    averaging = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Averaging)]
-    if len(averaging) > 1:
-        raise UserError(f"{where}: key 'method': two parts average the weights; the last one would undo the others")
-    for leaf in leaves[: averaging[0]] if averaging else []:
-        if isinstance(leaf, EWC | ModelTailor | PGP):
-            raise UserError(
-                f"{where}: key 'method': write {leaf.name} behind the part that averages; it needs the weights that "
-                "the average leaves in the adapter"
-            )
-    own = combined.with_own_pool()
-    if len(own) > 1:
-        names = " and ".join(leaf.name for leaf in own)
-        raise UserError(f"{where}: key 'method': {names} each train modules of their own; keep one of them")
-    for leaf in leaves if own else []:
-        if isinstance(leaf, OLoRA | ModelTailor | PGP):
-            raise UserError(
-                f"{where}: key 'method': {leaf.name} works on the matrices of LoRA adapters, and {own[0].name} trains "
-                "modules of its own; keep one of them"
-            )
-    if sum(type(leaf).open_task is not Method.open_task for leaf in leaves) > 1:
-        raise UserError(f"{where}: key 'method': two parts decide which adapter learns a task; keep one of them")
-    return combined
+    problem = why_not_together(built)
+    if problem is not None:
+        raise UserError(f"{where}: key 'method': {problem}")
+    return Combined(built)
 
 
 __all__ = ["METHODS", "Combined", "Method", "MultiTask", "Placement", "Training", "build_method"]

@@ -89,6 +89,8 @@ class AdapterCL(Method):
     """
 
     name = "adapter_cl"
+    published_learning_rate = 1e-3
+    one_task_per_adapter = True
 
     def __init__(self, *, bottleneck: int = 100, request_weight: float = 1.0) -> None:
         if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
@@ -123,14 +125,16 @@ class AdapterCL(Method):
         if not self._request_weight:
             return None
         input_ids, attention_mask = batch["input_ids"], batch["attention_mask"]  # (B, L)
-        answers = (batch["labels"] != IGNORED).sum(1, keepdim=True)  # (B, 1), at the right edge
+        labels = batch["labels"]  # (B, A), the right edge; its first learned token ends the request
+        answers = labels.shape[1] - (labels != IGNORED).int().argmax(1, keepdim=True)  # (B, 1)
         position = torch.arange(input_ids.shape[1], device=input_ids.device)  # (L,)
         is_request = attention_mask.bool() & (position < len(position) - answers)
         for name in self._cost:
             self._cost[name] += len(input_ids)
         end_id = self.backbone.tokenizer.eos_token_id
         values = log_perplexity(self._model, input_ids, attention_mask, is_request, end_id)  # (B,)
-        return self._request_weight * values.mean()
+        # a micro-batch has more rows, or fewer, than the others of its step: the mean is over all of them
+        return self._request_weight * values.sum() / batch["rows"]
 
     def close_task(self, task: Task) -> None:
         self._learned.append(task.name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lcia.ema import DynamicEMA
+from lcia.ema.sharding import whole
 from lcia.methods.base import Method, Training
 from lcia.stream import Task
 
@@ -29,6 +30,9 @@ class Averaging(Method):
         strength: λ of `fisher`, F_old ← λ F_old + F_new.
     """
 
+    idle_on_first_task = True
+    changes_at_close = True
+
     def __init__(
         self,
         *,
@@ -48,6 +52,10 @@ class Averaging(Method):
         self._importance: dict[str, dict[str, torch.Tensor]] = {}  # adapter → {parameter: F_old}
         self._average: DynamicEMA | None = None
         self._report: dict[str, Any] = {}
+
+    @classmethod
+    def works_sharded(cls) -> bool:
+        return True  # lcia.ema does: averages stay sharded, sums travel
 
     def begin(self, training: Training) -> None:
         self._adapter = training.placement.adapter
@@ -86,7 +94,7 @@ class Averaging(Method):
             "retained_mass": sum(masses) / len(masses),
         }
         if self.options["rule"] == "fisher":
-            self._importance[self._adapter] = self._average.importance
+            self._importance[self._adapter] = {name: whole(part) for name, part in self._average.importance.items()}
         self._average = None
 
     def log(self) -> dict[str, float]:

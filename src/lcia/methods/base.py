@@ -64,7 +64,19 @@ class Method:
     """Sequential fine-tuning: one adapter, trained task after task, nothing done against forgetting."""
 
     name: ClassVar[str] = "lora"
+    published_learning_rate: ClassVar[float | None] = None  # where its source names one
     codebook: Codebook | None = None  # of methods that group tasks
+    # lcia.methods.composition goes by these: no part may be idle, or be undone by another.
+    idle_on_first_task: bool = False  # an adapter's first task is learned as without this part
+    one_task_per_adapter: bool = False  # no adapter is ever trained on a second task
+    measures_at_close: bool = False  # `close_task` needs the weights that the adapter keeps
+    changes_at_close: bool = False  # `close_task` changes the weights
+
+    @classmethod
+    def works_sharded(cls) -> bool:
+        """Whether it works where weights and gradients are spread over processes (FSDP2): if it never looks at them."""
+        looking = ("make_pool", "begin", "penalty", "see_grads", "shape_grads", "after_step", "close_task")
+        return all(getattr(cls, moment) is getattr(Method, moment) for moment in looking)
 
     def make_pool(self, backbone: Backbone, lora: dict[str, Any], seed: int) -> Pool:
         """What is trained, empty; nothing is changed in the model before the first adapter is added.
@@ -103,8 +115,9 @@ class Method:
 
         Args:
             batch: what `collate` made of the micro-batch; answer_logits (N, V), the logits of the training loss at its
-                N answer tokens, with their graph; answer_tokens, a scalar, how many of these a micro-batch of this
-                optimizer step has on average: a sum over tokens divided by it has the scale of the loss.
+                N answer tokens, with their graph; answer_tokens and rows, scalars, how many of each a micro-batch of
+                this optimizer step has on average: a sum over tokens, or over rows, divided by it has the scale of the
+                loss, and unequal micro-batches weigh what they hold.
         """
         return None
 
@@ -178,6 +191,10 @@ class Combined(Method):
     def __init__(self, parts: Sequence[Method]) -> None:
         self.parts = list(parts)
         self.codebook = next((part.codebook for part in self.parts if part.codebook is not None), None)
+        self.idle_on_first_task = any(part.idle_on_first_task for part in self.parts)
+        self.one_task_per_adapter = any(part.one_task_per_adapter for part in self.parts)
+        self.measures_at_close = any(part.measures_at_close for part in self.parts)
+        self.changes_at_close = any(part.changes_at_close for part in self.parts)
 
     def attach(self, pool: Pool, backbone: Backbone) -> None:
         super().attach(pool, backbone)

@@ -26,7 +26,7 @@ from lcia.adapters import ModulePool, Pool
 from lcia.backbone import Backbone
 from lcia.errors import UserError
 from lcia.grouping import Match
-from lcia.grouping.sentence import encode, load_encoder
+from lcia.grouping.sentence import MINILM, encode, load_encoder
 from lcia.methods.base import Method, Placement, Training
 from lcia.methods.options import number
 from lcia.methods.passes import evaluating
@@ -86,7 +86,7 @@ class EProj(Method):
             )
         if backbone.projector is None:
             raise UserError("key 'projector': none leaves eproj nothing to train; write auto, or the projector's path")
-        load_encoder()  # a package that is missing is said now, not when the first task begins
+        load_encoder(MINILM)  # a package that is missing is said now, not when the first task begins
         return ModulePool(
             backbone.model,
             {},

@@ -62,6 +62,8 @@ class EWC(Method):
     """
 
     name = "ewc"
+    idle_on_first_task = True
+    measures_at_close = True
 
     def __init__(
         self,

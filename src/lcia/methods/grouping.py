@@ -41,6 +41,10 @@ class InstructionGroups(Method):
         self._last: str | None = None
         self._opened: str | None = None
 
+    @classmethod
+    def works_sharded(cls) -> bool:
+        return True
+
     def open_task(self, task: Task) -> Placement:
         match = self.codebook.match(task.instructions)
         self._opened = match.group or task.name

@@ -26,6 +26,7 @@ class L2(Method):
     """
 
     name = "l2"
+    idle_on_first_task = True
 
     def __init__(self, *, strength: float = 0.01) -> None:
         self._strength = number("strength", strength)

@@ -1,8 +1,8 @@
-"""LwF (arXiv 1606.09282): cross entropy + weight · T² KL(p_old ‖ p_new), a mean over the new task's answer tokens.
+"""LwF (arXiv 1606.09282): cross entropy + weight · KL(p_old ‖ p_new), a mean over the new task's answer tokens.
 
 p = softmax(z / T) over the vocabulary; z_old are the logits of the model with the adapter's weights before the task, on
 the new task's own rows: no old data. The paper minimises the cross entropy −Σ p_old log p_new, whose gradient is that
-of KL(p_old ‖ p_new), with T = 2 and weight 1. T² keeps the size of the gradient when T changes (arXiv 1503.02531, §2).
+of KL(p_old ‖ p_new), with T = 2 and weight 1, and without the factor T² of distillation (arXiv 1503.02531, §2).
 TRACE's code swaps the two arguments of the divergence; this follows the paper.
 """
 
@@ -27,11 +27,11 @@ _FILE = "lwf.json"  # in a checkpoint inside a task: the rows the teacher has se
 
 
 def distillation(new: torch.Tensor, old: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T² Σ_n KL(softmax(old_n / T) ‖ softmax(new_n / T)): a scalar, of logits (N, V)."""
+    """Σ_n KL(softmax(old_n / T) ‖ softmax(new_n / T)): a scalar, of logits (N, V)."""
     log_new = (new / temperature).log_softmax(-1)
     log_old = (old / temperature).log_softmax(-1)
     # torch's second argument stands first in the divergence
-    return temperature**2 * kl_div(log_new, log_old, reduction="sum", log_target=True)
+    return kl_div(log_new, log_old, reduction="sum", log_target=True)
 
 
 class LwF(Method):
@@ -46,6 +46,7 @@ class LwF(Method):
     """
 
     name = "lwf"
+    idle_on_first_task = True
 
     def __init__(self, *, weight: float = 1.0, temperature: float = 2.0) -> None:
         self._weight = number("weight", weight)

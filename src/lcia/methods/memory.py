@@ -41,6 +41,8 @@ class EpisodicMemory(Method):
         memory: rows kept of each task, a draw that depends on the task's name alone; null = all.
     """
 
+    idle_on_first_task = True
+
     def __init__(self, *, memory: int | None = 10) -> None:
         self._size = count("memory", memory)
         self._memory: dict[str, dict[str, list[Row]]] = {}  # adapter → task → rows

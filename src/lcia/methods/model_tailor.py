@@ -116,6 +116,8 @@ class ModelTailor(Method):
     """
 
     name = "model_tailor"
+    measures_at_close = True
+    changes_at_close = True
 
     def __init__(
         self, *, keep: float = 0.1, calibration: int | None = 128, damping: float = 0.01, tailor_first: bool = True
@@ -126,6 +128,7 @@ class ModelTailor(Method):
         self._calibration = count("calibration", calibration)
         self._damping = number("damping", damping, positive=True)
         self._tailor_first = tailor_first
+        self.idle_on_first_task = not tailor_first
         self._training: Training | None = None
         self._rows_passed = 0
 

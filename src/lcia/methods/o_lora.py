@@ -39,6 +39,8 @@ class OLoRA(Method):
     """
 
     name = "o_lora"
+    published_learning_rate = 1e-3
+    one_task_per_adapter = True
 
     def __init__(self, *, orthogonality: float = 0.5, shrinkage: float = 0.0) -> None:
         self._orthogonality = number("orthogonality", orthogonality)

@@ -72,6 +72,9 @@ class PGP(Method):
     """
 
     name = "pgp"
+    idle_on_first_task = True
+    measures_at_close = True
+    changes_at_close = True
 
     def __init__(self, *, energy: float = 0.9, examples: int | None = 128) -> None:
         self._energy = number("energy", energy, high=1.0, positive=True)

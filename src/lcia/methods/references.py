@@ -12,6 +12,7 @@ class ZeroShot(Method):
     """No training: the base model answers everything (LCIA, Table 1)."""
 
     name = "zero_shot"
+    one_task_per_adapter = True
 
     def schedule(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         return []
@@ -21,6 +22,7 @@ class MultiTask(Method):
     """One adapter, all tasks at once, shuffled together: a reference, not a bound (LCIA, Table 1)."""
 
     name = "multi_task"
+    one_task_per_adapter = True
 
     def schedule(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         return [tuple(tasks)]

@@ -22,5 +22,9 @@ class Replay(EpisodicMemory):
 
     name = "replay"
 
+    @classmethod
+    def works_sharded(cls) -> bool:
+        return True
+
     def feed(self, rows: Sequence[Row], placement: Placement) -> Sequence[Row]:
         return [*rows, *self.remembered(placement.adapter)]

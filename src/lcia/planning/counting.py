@@ -69,16 +69,15 @@ class Disk:
     pool: int  # hard links into history, where the file system has them: then it takes nothing of its own
     history: int
     checkpoints: int  # at most, while a task is learned
-    base: int  # init/model, of a run with an Init stage
+    init: int = 0  # of an Init stage: the merged base, and the adapter that was merged
 
 
-def count_disk(found: Rehearsal, method: int, checkpoints: bool, base: int) -> Disk:
+def count_disk(found: Rehearsal, method: int, checkpoints: bool) -> Disk:
     """See `Disk`.
 
     Args:
         method: bytes that the method holds while a task is learned.
         checkpoints: whether a task has as many steps as it takes to write one.
-        base: bytes of the base model that the run writes.
     """
 
     def files(adapter: str) -> int:
@@ -90,5 +89,4 @@ def count_disk(found: Rehearsal, method: int, checkpoints: bool, base: int) -> D
         pool=sum(files(adapter) for adapter in found.adapters),
         history=history,
         checkpoints=_CHECKPOINTS * one if checkpoints else 0,
-        base=base,
     )

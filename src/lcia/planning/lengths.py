@@ -8,7 +8,8 @@ from functools import cache
 from PIL import Image
 
 from lcia.backbone import Reader
-from lcia.backbone.chat import encode_answer, render_prompt
+from lcia.backbone.chat import encode_answers, lacks_special_tokens, render_prompt
+from lcia.backbone.images import square_size
 from lcia.backbone.reader import ImageReader
 from lcia.errors import UserError
 from lcia.stream import Row
@@ -31,10 +32,15 @@ class Length:
 
 
 class Lengths:
-    """Counts rows as the model's reader would encode them."""
+    """Counts rows as the model's reader would encode them.
 
-    def __init__(self, reader: Reader) -> None:
+    Args:
+        padding: of images, as the configuration's `image_padding`.
+    """
+
+    def __init__(self, reader: Reader, padding: str | None = None) -> None:
         self._reader = reader
+        self._padding = padding
         self._of_size = cache(self._tokens_of_size)
         self._counted: dict[Row, Length] = {}
 
@@ -48,10 +54,11 @@ class Lengths:
             encoded = self._reader.encode(row)
             return Length(len(encoded.prompt), len(encoded.answer))
         chat = self._reader.chat
-        text = render_prompt(chat, row.messages, len(row.images))
-        written = self._reader.tokenizer(text, add_special_tokens=chat.chat_template is None)["input_ids"]
+        text = render_prompt(chat, row.opening.messages, len(row.images))
+        written = self._reader.tokenizer(text, add_special_tokens=lacks_special_tokens(chat, text))["input_ids"]
         shown = sum(self._tokens_of_image(path, row) for path in row.images)
-        return Length(len(written) + shown, len(encode_answer(chat, row)))
+        answer, _ = encode_answers(chat, row)
+        return Length(len(written) + shown, len(answer))
 
     def _tokens_of_image(self, path: str, row: Row) -> int:
         if self.tokens_of_any_image is not None:
@@ -72,6 +79,7 @@ class Lengths:
     def _tokens_of_size(self, width: int, height: int) -> int:
         assert isinstance(self._reader, ImageReader)
         mark, chat = self._reader.image_token, self._reader.chat
-        shown = chat(text=[mark], images=[[Image.new("RGB", (width, height))]], add_special_tokens=False)
+        size = (width, height) if self._padding is None else square_size(width, height)
+        shown = chat(text=[mark], images=[[Image.new("RGB", size)]], add_special_tokens=False)
         written = self._reader.tokenizer(mark, add_special_tokens=False)["input_ids"]
         return len(shown["input_ids"][0]) - len(written)

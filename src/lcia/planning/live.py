@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from lcia.planning.parts import OTHER
+from lcia.planning.zeros import tensors
 
 Bytes = dict[str, int]  # part → bytes
 
@@ -68,9 +68,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for value in tree_flatten(made)[0]:
-            if isinstance(value, torch.Tensor):
-                self._count(value, self._name(value) or self._part)
+        for tensor in tensors(made):
+            self._count(tensor, self._name(tensor) or self._part)
         return made
 
     def _count(self, tensor: torch.Tensor, part: str) -> None:

@@ -30,7 +30,7 @@ def outline(config: RunConfig, device: str, depth: int | None = None) -> Backbon
     """
     where = place(config.model)
     layout = load_layout(where, config.model)
-    reader = load_reader(where, config.model, layout)
+    reader = load_reader(where, config.model, layout).with_padding(config.image_padding)
     settings = resolve_paths(config.dtype, config.attn_implementation, torch.device(device))
     described = AutoConfig.from_pretrained(where)
     if depth is not None:

@@ -12,7 +12,7 @@ LOGITS = "logits and loss"  # whatever has the vocabulary as one of its sizes
 CACHE = "keys and values"
 OTHER = "batch and the rest"
 BUCKETS = "DDP's gradient buckets"
-GATHERED = "two layers gathered"
+GATHERED = "gathered from all"  # two layers, and what is in none
 
 PARTS = (BASE, ADAPTERS, GRADIENTS, OPTIMIZER, METHOD, ACTIVATIONS, LOGITS, CACHE, OTHER, BUCKETS, GATHERED)
 SHARDED = (BASE, ADAPTERS, GRADIENTS, OPTIMIZER, METHOD)  # by FSDP2

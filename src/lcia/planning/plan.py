@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +15,13 @@ from transformers import AutoConfig, TrainingArguments
 from lcia.backbone import Backbone, fit_demonstrations
 from lcia.config import RunConfig
 from lcia.errors import UserError
+from lcia.init_stage import _init_config, check_init
 from lcia.methods import PGP, Combined, ContinualLLaVA, EProj, Method, build_method
 from lcia.planning.counting import FP32, Disk, Evaluations, count_disk, count_evaluations, optimizer_steps
-from lcia.planning.lengths import Length, Lengths
+from lcia.planning.lengths import Lengths
 from lcia.planning.live import Bytes
 from lcia.planning.outline import depth_of, outline, place
-from lcia.planning.parts import BUCKETS, GATHERED, METHOD, PARTS, SHARDED
+from lcia.planning.parts import BASE, BUCKETS, GATHERED, METHOD, PARTS, SHARDED
 from lcia.planning.rehearsal import Batches, Rehearsal, StageRehearsed, deeper, rehearse
 from lcia.planning.timing import Measured, measure_steps
 from lcia.progress import Reporter
@@ -37,9 +40,10 @@ _UNKNOWN: dict[type[Method], str] = {
     PGP: "pgp keeps bases of what earlier tasks read, whose size depends on the rows: counted as empty",
 }
 _REHEARSED = "rehearsed: the run's own code on tensors without numbers, every tensor counted while it lives"
-_SINGLE = (
-    "lcia train is one process so far: under accelerate launch a second one is refused by the run folder's lock. "
-    "What several devices would hold is computed, not tried"
+_SEVERAL = (
+    "what several devices hold is computed from what one holds, not rehearsed: DDP adds a copy of the gradients; FSDP2 "
+    "shares out weights, gradients and states evenly, and has two layers, and what is in no layer, whole. Answers are "
+    "given with whole weights under both"
 )
 
 
@@ -97,7 +101,19 @@ class Devices:
 
     gpus: int
     ddp: Moment  # the base is there on every one
-    fsdp2: Moment  # weights, gradients and states are shared out; activations are everybody's own
+    fsdp2: Moment | None  # weights, gradients and states are shared out; None: the method looks at them
+
+
+@dataclass(frozen=True)
+class InitPlan:
+    """The Init stage: tasks learned at once before the stream, their adapter merged into the base."""
+
+    tasks: tuple[TaskPlan, ...]
+    stage: StagePlan
+    train_batch: Batch
+    training: Moment
+    devices: Devices | None
+    exchanging: Moment  # the merged base is loaded while the old one is still there
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,8 @@ class Plan:
     evaluating: Moment
     train_batch: Batch | None
     eval_batch: Batch
-    devices: Devices | None
+    devices: Devices | None  # while training
+    init: InitPlan | None
     memory_gib: float | None  # of one device, as asked
     fits: bool | None
     disk: Disk
@@ -132,12 +149,15 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+        """The Init stage's are among them."""
+        return sum(stage.steps for stage in self.stages) + (self.init.stage.steps if self.init else 0)
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors on one device."""
+        """Bytes of tensors on one device; of several, under DDP."""
         moments = [self.training, self.closing, self.evaluating, self.devices.ddp if self.devices else None]
+        if self.init is not None:
+            moments += [self.init.training, self.init.exchanging, self.init.devices.ddp if self.init.devices else None]
         return max(moment.peak for moment in moments if moment is not None)
 
     @property
@@ -174,33 +194,25 @@ def plan_run(
     if measure and gpus is not None:
         raise UserError("plan: --measure times this machine; leave out --gpus")
     device = "cuda" if gpus is not None or torch.cuda.is_available() else "cpu"
+    init = _init(config, device, gpus, reporter)
     backbone = outline(config, device)
     check_target_modules(backbone, config.lora_target_modules)
     stream = _stream(config, backbone)
-    lengths = Lengths(backbone.reader)
-    _count_tokens(stream, lengths, config, reporter)
-
-    def fits(row: Row) -> bool:
-        return backbone.layout.fits(lengths(row).prompt, lengths(row).answer, config)
-
+    rows = _Rows(config, backbone)
+    rows.count([row for task in stream for row in (*task.train, *_answered(task, config))], reporter)
     method = build_method(config.method_parts())
-    train, train_batch = _longest_training(stream, method, lengths, fits, config)
-    test, eval_batch = _longest_answered(stream, lengths, backbone, config)
-    dtypes, base_bytes = _weights(backbone)
-    layer = _largest_layer(backbone)
-    batches = Batches(train, test)
-    found, how = _rehearsed(config, backbone, stream, batches, fits, device, (gpus or 1) > 1, reporter)
+    train, train_batch = _longest_training(stream, method, rows, config)
+    test, eval_batch = _longest_answered(stream, rows, backbone, config)
+    weights = _weights(backbone)
+    found, how = _rehearsed(config, backbone, stream, Batches(train, test), rows, device, (gpus or 1) > 1, reporter)
 
     stages = _stages(found, config, gpus or 1)
     training = Moment.of(found.training) if found.training else None
-    layer += FP32 * found.trained // depth_of(backbone.model.config)
-    devices = None if gpus is None or training is None else _devices(gpus, training, FP32 * found.trained, layer)
-    seconds = None
+    measured = None
     if measure and stages:
         task = next(task for task in stream if task.name == stages[0].tasks[0])
         reporter.start(f"{measure} steps of {task.name}", total=None)
-        seconds = measure_steps(config, task, [row for row in task.train if fits(row)], measure)
-    checkpoints = any(stage.steps > config.save_steps for stage in stages)
+        measured = measure_steps(config, task, [row for row in task.train if rows.fits(row)], measure)
     changes = any(stage.placement.beneath for stage in found.stages) or any(
         isinstance(leaf, ContinualLLaVA) for leaf in method.leaves()
     )
@@ -210,8 +222,8 @@ def plan_run(
         stream=stream.name,
         device=device,
         how=how,
-        base_parameters=dtypes,
-        base_bytes=base_bytes,
+        base_parameters=weights.numbers,
+        base_bytes=weights.all,
         lora=found.trained - found.projector,
         projector=found.projector,
         adapters={
@@ -224,19 +236,51 @@ def plan_run(
         evaluating=Moment.of(found.evaluating),
         train_batch=train_batch,
         eval_batch=eval_batch,
-        devices=devices,
+        devices=_devices(gpus, found, method, weights),
+        init=None if init is None else init.plan,
         memory_gib=memory_gib,
         fits=None,
-        disk=count_disk(
-            found, found.training.get(METHOD, 0), checkpoints, base_bytes if config.init_stream is not None else 0
-        ),
-        tasks=tuple(_task(task, found, lengths, fits, config) for task in stream),
+        disk=_disk(found, stages, config, weights, init),
+        tasks=tuple(_task(task, found, rows, len(_answered(task, config))) for task in stream),
         stages=stages,
         evaluations=count_evaluations([task.name for task in stream], found.stages, changes),
-        measured=seconds,
-        notes=tuple(_notes(config, method, stream, lengths, gpus)),
+        measured=measured,
+        notes=tuple(_notes(config, method, stream, rows, gpus)),
     )
     return plan if memory_gib is None else replace(plan, fits=plan.peak <= memory_gib * GIB)
+
+
+@dataclass(frozen=True)
+class _Init:
+    plan: InitPlan
+    found: Rehearsal
+
+
+def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) -> _Init | None:
+    """The Init stage, which is a run of its own on other tasks; None where the configuration has none."""
+    if config.init_stream is None:
+        return None
+    own = _init_config(config)
+    backbone = outline(own, device)
+    check_target_modules(backbone, own.lora_target_modules)
+    stream = _stream(own, backbone)
+    check_init(stream, own, backbone)
+    rows = _Rows(own, backbone)
+    rows.count([row for task in stream for row in task.train], reporter)
+    weights = _weights(backbone)
+    method = build_method(own.method_parts())
+    train, batch = _longest_training(stream, method, rows, own)
+    assert batch is not None  # of a stream without tasks, which is refused before
+    found, _ = _rehearsed(own, backbone, stream, Batches(train, ()), rows, device, (gpus or 1) > 1, reporter)
+    plan = InitPlan(
+        tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
+        stage=_stages(found, own, gpus or 1)[0],
+        train_batch=batch,
+        training=Moment.of(found.training),
+        devices=_devices(gpus, found, method, weights),
+        exchanging=Moment.of({BASE: 2 * weights.all}),
+    )
+    return _Init(plan, found)
 
 
 # --- what is learned and answered
@@ -257,64 +301,86 @@ def _answered(task: Task, config: RunConfig) -> tuple[Row, ...]:
     return task.dev if config.eval_split == "dev" else task.test
 
 
-def _count_tokens(stream: Stream, lengths: Lengths, config: RunConfig, reporter: Reporter) -> None:
-    rows = [row for task in stream for row in (*task.train, *_answered(task, config))]
-    reporter.start("counting tokens", total=len(rows))
-    for row in rows:
-        lengths(row)
-        reporter.advance()
+class _Rows:
+    """The lengths of a configuration's rows."""
+
+    def __init__(self, config: RunConfig, backbone: Backbone) -> None:
+        self.lengths = Lengths(backbone.reader, config.image_padding)
+        self._config, self._layout = config, backbone.layout
+
+    def count(self, rows: Sequence[Row], reporter: Reporter) -> None:
+        reporter.start("counting tokens", total=len(rows))
+        for row in rows:
+            self.lengths(row)
+            reporter.advance()
+
+    def fits(self, row: Row) -> bool:
+        """Whether it can be trained on."""
+        return self._layout.fits(self.lengths(row).prompt, self.lengths(row).answer, self._config)
 
 
 def _longest_training(
-    stream: Stream, method: Combined, lengths: Lengths, fits: Callable[[Row], bool], config: RunConfig
+    stream: Stream, method: Combined, rows: _Rows, config: RunConfig
 ) -> tuple[list[Row], Batch | None]:
-    """The rows of the micro-batch with most tokens, padded ones included."""
+    """The rows of the micro-batch with most tokens, padded ones included: the longest of a stage, and the one least
+    like it among them, since what all rows of a batch begin with is computed once.
+    """
+
+    def total(row: Row) -> int:
+        return rows.lengths(row).total
+
     found: list[tuple[list[Row], Batch]] = []
     for stage in method.schedule(list(stream)):
-        rows = sorted(
-            (row for task in stage for row in task.train if fits(row)), key=lambda row: lengths(row).total, reverse=True
-        )[: config.per_device_train_batch_size]
-        found.append((rows, _batch("+".join(task.name for task in stage), rows, lambda length: length.total, lengths)))
+        fitting = sorted((row for task in stage for row in task.train if rows.fits(row)), key=total, reverse=True)
+        longest, *others = fitting[: config.per_device_train_batch_size]
+        chosen = [longest, min(fitting, key=partial(_alike, longest)), *others[:-1]] if others else [longest]
+        found.append((chosen, _batch("+".join(task.name for task in stage), chosen, total)))
     return max(found, key=lambda batch: batch[1].tokens, default=([], None))
 
 
-def _longest_answered(
-    stream: Stream, lengths: Lengths, backbone: Backbone, config: RunConfig
-) -> tuple[list[Row], Batch]:
+def _alike(one: Row, other: Row) -> int:
+    """Characters that two prompts have in common at their beginnings."""
+    texts = ["\n".join(text for _, text in row.messages) for row in (one, other)]
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False)))
+
+
+def _longest_answered(stream: Stream, rows: _Rows, backbone: Backbone, config: RunConfig) -> tuple[list[Row], Batch]:
     """The same of the batches that are answered together: rows of like length, the shortest first."""
+
+    def prompt(row: Row) -> int:
+        return rows.lengths(row).prompt
+
     found: list[tuple[list[Row], Batch]] = []
     size = config.per_device_eval_batch_size
     for task in stream:
-        fitting = (
-            row
-            for row in _answered(task, config)
-            if backbone.layout.fits(lengths(row).prompt, config.max_new_tokens, config)
-        )
-        rows = sorted(fitting, key=lambda row: lengths(row).prompt)
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            found.append((chosen, _batch(task.name, chosen, lambda length: length.prompt, lengths)))
+        fitting = [
+            row for row in _answered(task, config) if backbone.layout.fits(prompt(row), config.max_new_tokens, config)
+        ]
+        fitting.sort(key=prompt)
+        for start in range(0, len(fitting), size):
+            chosen = fitting[start : start + size]
+            found.append((chosen, _batch(task.name, chosen, prompt)))
     if not found:
         raise UserError(f"no prompt to be answered fits {backbone.layout.limit_text(config)}; raise it")
     return max(found, key=lambda batch: batch[1].tokens)
 
 
-def _batch(task: str, rows: Sequence[Row], size: Callable[[Length], int], lengths: Lengths) -> Batch:
-    longest = max(size(lengths(row)) for row in rows)
+def _batch(task: str, rows: Sequence[Row], size: Callable[[Row], int]) -> Batch:
+    longest = max(size(row) for row in rows)
     return Batch(task, len(rows), longest, len(rows) * longest)
 
 
-def _task(task: Task, found: Rehearsal, lengths: Lengths, fits: Callable[[Row], bool], config: RunConfig) -> TaskPlan:
-    rows = [row for row in task.train if fits(row)]
+def _task(task: Task, found: Rehearsal, rows: _Rows, eval_rows: int) -> TaskPlan:
+    trained = [row for row in task.train if rows.fits(row)]
     placement = next((stage.placement for stage in found.stages if task.name in stage.tasks), None)
     return TaskPlan(
         name=task.name,
-        train_rows=len(rows),
-        left_out=len(task.train) - len(rows),
-        tokens=sum(lengths(row).total for row in rows),
-        longest=max(lengths(row).total for row in rows),
-        image_rows=sum(bool(row.images) for row in rows),
-        eval_rows=len(_answered(task, config)),
+        train_rows=len(trained),
+        left_out=len(task.train) - len(trained),
+        tokens=sum(rows.lengths(row).total for row in trained),
+        longest=max(rows.lengths(row).total for row in trained),
+        image_rows=sum(bool(row.images) for row in trained),
+        eval_rows=eval_rows,
         adapter=None if placement is None else placement.adapter,
         similarity=max(placement.scores.values()) if placement is not None and placement.scores else None,
     )
@@ -337,18 +403,30 @@ def _stages(found: Rehearsal, config: RunConfig, processes: int) -> tuple[StageP
 # --- memory
 
 
-def _weights(backbone: Backbone) -> tuple[dict[str, int], int]:
-    """{dtype: parameters} of the model, and the bytes of parameters and buffers."""
-    counted: Counter[str] = Counter()
-    for weights in backbone.model.parameters():
-        counted[str(weights.dtype).removeprefix("torch.")] += weights.numel()
-    return dict(counted), sum(t.nbytes for t in (*backbone.model.parameters(), *backbone.model.buffers()))
+@dataclass(frozen=True)
+class _Weights:
+    """Of the base, in bytes but for the numbers."""
+
+    numbers: dict[str, int]  # dtype → parameters
+    all: int  # parameters and buffers
+    layer: int  # the largest one
+    outside: int  # in no layer: embeddings, vocabulary, projector
+    depth: int  # layers of the language model
 
 
-def _largest_layer(backbone: Backbone) -> int:
-    """Bytes."""
-    lists = [module for module in backbone.model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(sum(weights.nbytes for weights in layer.parameters()) for layers in lists for layer in layers)
+def _weights(backbone: Backbone) -> _Weights:
+    model, numbers = backbone.model, Counter[str]()
+    for weights in model.parameters():
+        numbers[str(weights.dtype).removeprefix("torch.")] += weights.numel()
+    layers = [layer for part in model.modules() if isinstance(part, torch.nn.ModuleList) for layer in part]
+    inside = {weights for layer in layers for weights in layer.parameters()}
+    return _Weights(
+        dict(numbers),
+        sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        max(sum(weights.nbytes for weights in layer.parameters()) for layer in layers),
+        sum(weights.nbytes for weights in model.parameters() if weights not in inside),
+        depth_of(model.config),
+    )
 
 
 def _rehearsed(
@@ -356,7 +434,7 @@ def _rehearsed(
     backbone: Backbone,
     stream: Stream,
     batches: Batches,
-    fits: Callable[[Row], bool],
+    rows: _Rows,
     device: str,
     several: bool,
     reporter: Reporter,
@@ -367,7 +445,7 @@ def _rehearsed(
         def begun(stage: str) -> None:
             reporter.start(f"rehearsing {stage}", total=None)
 
-        return rehearse(config, model, list(stream), batches, fits, device, several, begun)
+        return rehearse(config, model, list(stream), batches, rows.fits, device, several, begun)
 
     try:
         return go(backbone), _REHEARSED
@@ -383,22 +461,38 @@ def _rehearsed(
     return deeper(first, second, (depth - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])), how
 
 
-def _devices(gpus: int, training: Moment, gradients: int, layer: int) -> Devices:
-    """Args: gradients, layer: bytes."""
-    buckets = {BUCKETS: gradients} if gpus > 1 else {}
-    shared = {part: size // gpus if part in SHARDED else size for part, size in training.parts.items()}
-    gathered = {GATHERED: 2 * layer} if gpus > 1 else {}
-    return Devices(gpus, Moment.of({**training.parts, **buckets}), Moment.of({**shared, **gathered}))
+def _devices(gpus: int | None, found: Rehearsal, method: Combined, weights: _Weights) -> Devices | None:
+    if gpus is None or not found.training:
+        return None
+    if gpus == 1:
+        return Devices(1, Moment.of(found.training), None)
+    trained = FP32 * found.trained
+    shared = {part: size // gpus if part in SHARDED else size for part, size in found.sharded.items()}
+    gathered = {GATHERED: 2 * (weights.layer + trained // weights.depth) + weights.outside}
+    works_sharded = all(leaf.works_sharded() for leaf in method.leaves())
+    return Devices(
+        gpus,
+        Moment.of({**found.training, BUCKETS: trained}),
+        Moment.of({**shared, **gathered}) if works_sharded else None,
+    )
 
 
-def _notes(config: RunConfig, method: Combined, stream: Stream, lengths: Lengths, gpus: int | None) -> Iterator[str]:
+def _disk(
+    found: Rehearsal, stages: Sequence[StagePlan], config: RunConfig, weights: _Weights, init: _Init | None
+) -> Disk:
+    own = count_disk(found, found.training.get(METHOD, 0), any(stage.steps > config.save_steps for stage in stages))
+    if init is None:
+        return own
+    before = count_disk(init.found, 0, init.plan.stage.steps > config.save_steps)
+    return replace(own, init=weights.all + before.history, checkpoints=max(own.checkpoints, before.checkpoints))
+
+
+def _notes(config: RunConfig, method: Combined, stream: Stream, rows: _Rows, gpus: int | None) -> Iterator[str]:
     for leaf in method.leaves():
         if type(leaf) in _UNKNOWN:
             yield _UNKNOWN[type(leaf)]
     if any(task.has_images for task in stream):
-        extra = lengths.tokens_of_any_image
+        extra = rows.lengths.tokens_of_any_image
         yield "tokens of an image depend on its size" if extra is None else f"an image takes {extra + 1} tokens"
-    if config.init_stream is not None:
-        yield "the Init stage before the stream is not planned, only the model it writes"
     if gpus is not None and gpus > 1:
-        yield _SINGLE
+        yield _SEVERAL

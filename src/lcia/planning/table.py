@@ -55,12 +55,19 @@ def _memory(plan: Plan) -> Table:
     moments: dict[str, Moment] = {}
     if plan.training is not None:
         moments["training"] = plan.training
+    if plan.init is not None:
+        moments["Init"] = plan.init.training
+        if plan.init.exchanging.peak > plan.init.training.peak:
+            moments["loading the\nbase after Init"] = plan.init.exchanging
     if plan.closing is not None and plan.training is not None and plan.closing.peak > plan.training.peak:
         moments["closing\na task"] = plan.closing
     moments["evaluating"] = plan.evaluating
-    if plan.devices is not None and plan.devices.gpus > 1:
-        moments[f"training, each of\n{plan.devices.gpus} GPUs, DDP"] = plan.devices.ddp
-        moments["the same,\nFSDP2"] = plan.devices.fsdp2
+    of_init = None if plan.init is None else plan.init.devices
+    for name, devices in (("training", plan.devices), ("Init", of_init)):
+        if devices is not None and devices.gpus > 1:
+            moments[f"{name}, each of\n{devices.gpus} GPUs, DDP"] = devices.ddp
+            if devices.fsdp2 is not None:
+                moments[f"{name}, each of\n{devices.gpus}, FSDP2"] = devices.fsdp2
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("memory at its peak")
     for name in moments:
@@ -79,6 +86,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         parts = f"{plan.lora:,}" + (f" and a projector of {plan.projector:,}" if plan.projector else "")
         many = f"{len(plan.adapters)} adapter" + ("s" if len(plan.adapters) > 1 else "")
         yield f"trained: {parts} parameters (float32) at a time; {many} at the end of the stream"
+    if plan.init is not None:
+        rows = sum(task.train_rows for task in plan.init.tasks)
+        yield f"Init: {len(plan.init.tasks)} tasks at once, {rows:,} rows, {plan.init.stage.steps:,} of the steps"
     for batch, what in ((plan.train_batch, "micro-batch"), (plan.eval_batch, "batch of prompts")):
         if batch is not None:
             yield f"longest {what}: {batch.rows} rows of {batch.task}, up to {batch.longest} tokens"
@@ -95,9 +105,18 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 
 def _fit(plan: Plan, memory_gib: float) -> str:
-    left = round(memory_gib * 2**30) - plan.peak
-    verdict = f"fits, {size(left)} left" if plan.fits else f"does not fit, {size(-left)} too much"
-    return f"{size(plan.peak)} of tensors in {memory_gib:g} GiB: {verdict}"
+    there = round(memory_gib * 2**30)
+
+    def verdict(needed: int) -> str:
+        left = there - needed
+        return f"{size(needed)}, " + (f"fits, {size(left)} left" if left >= 0 else f"does not fit, {size(-left)} over")
+
+    line = f"tensors in {memory_gib:g} GiB: {verdict(plan.peak)}"
+    if plan.devices is None or plan.devices.gpus == 1:
+        return line
+    if plan.devices.fsdp2 is None:
+        return f"{line} (DDP); {plan.method} cannot be trained under FSDP2"
+    return f"{line} (DDP); {verdict(max(plan.devices.fsdp2.peak, plan.evaluating.peak))} (FSDP2)"
 
 
 def _disk(plan: Plan) -> str:
@@ -105,8 +124,8 @@ def _disk(plan: Plan) -> str:
     parts = [f"history {size(disk.history)}", f"pool {size(disk.pool)} (hard links into history where there are any)"]
     if disk.checkpoints:
         parts.append(f"checkpoints up to {size(disk.checkpoints)} while a task is learned")
-    if disk.base:
-        parts.append(f"the base after Init {size(disk.base)}")
+    if disk.init:
+        parts.append(f"Init's adapter and the base after it {size(disk.init)}")
     return f"disk: {', '.join(parts)}"
 
 

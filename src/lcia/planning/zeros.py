@@ -11,22 +11,19 @@ itself goes through: forward and backward pass, a method's moments, generation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _aten = torch.ops.aten
 _torch_attention = torch.nn.functional.scaled_dot_product_attention
+_TELLING = {_aten._local_scalar_dense.default, _aten.equal.default}  # a number, in Python
 _INDEXING = {
     _aten.index.Tensor,
     _aten.index_put.default,
@@ -35,6 +32,25 @@ _INDEXING = {
 }
 # Their integers say whether the matrix can be factored. That of zeros cannot, that of the run can.
 _FACTORING = {_aten.linalg_cholesky_ex.default, _aten.linalg_inv_ex.default, _aten.linalg_ldl_factor_ex.default}
+_BY_INDEX = {*_INDEXING, _aten.masked_select.default}  # a mask that is real says how many there are
+# Their result is like the largest of their inputs, or is the first of them. To find that out torch goes a long way in
+# Python, which would take a third of the time.
+_LIKE_INPUTS = {
+    _aten.add.Tensor,
+    _aten.div.Tensor,
+    _aten.mul.Tensor,
+    _aten.neg.default,
+    _aten.pow.Tensor_Scalar,
+    _aten.sqrt.default,
+    _aten.sub.Tensor,
+}
+_IN_PLACE = {
+    _aten.add_.Tensor,
+    _aten.addcdiv_.default,
+    _aten.addcmul_.default,
+    _aten.lerp_.Scalar,
+    _aten.mul_.Tensor,
+}
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 _LARGEST = 2**26  # elements of an integer tensor that is computed from floats; a larger one is unknown
 
@@ -65,9 +81,24 @@ def _is_integral(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
-def _zeros(value: Any) -> Any:
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those in the arguments or the result of an operation. torch's own tree functions take most of the time here."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors(part)
+
+
+def _mapped(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    return type(value)(_mapped(change, part) for part in value) if type(value) in (list, tuple) else value
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     """Real zeros in the place of a tensor on `meta`: one number, shown in every place."""
-    return torch.zeros((), dtype=value.dtype).expand(value.shape) if _is_meta(value) else value
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
 
 
 class _Operations(TorchDispatchMode):
@@ -75,36 +106,40 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
-        unknown = any(_is_meta(value) and _is_integral(value) for value in given)
-        if not any(_is_meta(value) for value in given):
+        given = [*tensors(args), *tensors(tuple(kwargs.values()))]
+        if not any(tensor.is_meta for tensor in given):
             return self._made(func, args, kwargs)
-        if not unknown and (
-            func in (_aten._local_scalar_dense.default, _aten.equal.default) or _writes_real(func, args)
-        ):
-            return self._of_zeros(func, args, kwargs)
+        if func in _LIKE_INPUTS or func in _IN_PLACE:
+            shown = _shown(func, given)
+            if shown is not None:
+                return shown
+        unknown = any(tensor.is_meta and _is_integral(tensor) for tensor in given)
+        if func in _TELLING or torch.Tag.dynamic_output_shape in func.tags or _writes_real(func, args):
+            if unknown:
+                raise RuntimeError(f"{func} depends on integers that were drawn at random, or of too many floats")
+            if func not in _BY_INDEX:  # nonzero, unique
+                return self._of_zeros(func, args, kwargs)
         if func is _aten.masked_select.default and not _is_meta(args[1]):
             mask = args[1].expand(torch.broadcast_shapes(args[0].shape, args[1].shape))
             func, args = _aten.index.Tensor, (args[0].expand(mask.shape), [mask])
         if func in _INDEXING:
             args = (args[0], _as_positions(args[1]), *args[2:])
-        elif torch.Tag.dynamic_output_shape in func.tags:  # nonzero, unique
-            return self._of_zeros(func, args, kwargs)
         if kwargs.get("device") is not None:
             kwargs["device"] = "meta"  # wherever it would go
-        on_meta = tree_map(lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, (args, kwargs))
-        made = func(*on_meta[0], **on_meta[1])
-        if unknown or torch.Tag.nondeterministic_seeded in func.tags:
+        made = func(
+            *_mapped(lambda tensor: tensor.to("meta"), args),
+            **{name: _mapped(lambda tensor: tensor.to("meta"), value) for name, value in kwargs.items()},
+        )
+        integral = [tensor for tensor in tensors(made) if _is_integral(tensor)]
+        if not integral or unknown or torch.Tag.nondeterministic_seeded in func.tags:
             return made
-        results, form = tree_flatten(made)
-        sizes = [result.numel() for result in results if _is_integral(result)]
-        if not sizes or max(sizes) > _LARGEST:
+        if max(tensor.numel() for tensor in integral) > _LARGEST:
             return made
         if func in _FACTORING:
-            known = [torch.zeros(result.shape, dtype=result.dtype) for result in results]
+            known = iter([torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in integral])
         else:
-            known = tree_flatten(self._of_zeros(func, args, kwargs))[0]
-        return tree_unflatten([k if _is_integral(m) else m for m, k in zip(results, known, strict=True)], form)
+            known = (tensor for tensor in tensors(self._of_zeros(func, args, kwargs)) if _is_integral(tensor))
+        return _mapped(lambda tensor: next(known) if _is_integral(tensor) else tensor, made)
 
     @staticmethod
     def _made(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -119,8 +154,27 @@ class _Operations(TorchDispatchMode):
         """With real zeros for the floats; what is float in the result is none of its numbers."""
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "cpu"}
-        args, kwargs = tree_map(_zeros, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*_mapped(_zeros, args), **{name: _mapped(_zeros, value) for name, value in kwargs.items()})
+
+
+def _shown(func: Any, given: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The result of an operation of numbers with numbers, where it is like the largest of its inputs."""
+    result = given[0] if func in _IN_PLACE else max(given, key=torch.Tensor.numel)
+    if not result.is_meta or not all(_goes_into(tensor, result) for tensor in given):
+        return None
+    return result if func in _IN_PLACE else torch.empty_like(result)
+
+
+def _goes_into(tensor: torch.Tensor, result: torch.Tensor) -> bool:
+    """Whether neither the dtype nor the shape of `result` changes when `tensor` is one of its inputs."""
+    same_kind = tensor.dtype == result.dtype or tensor.dim() == 0 < result.dim()
+    sizes = zip(reversed(tensor.shape), reversed(result.shape), strict=False)
+    return (
+        tensor.is_floating_point()
+        and same_kind
+        and tensor.dim() <= result.dim()
+        and all(size in (1, wanted) for size, wanted in sizes)
+    )
 
 
 @cache
@@ -153,7 +207,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return self._device == "cuda"
         if func is torch.Tensor.tolist and _is_meta(args[0]):
             return _zeros(args[0]).tolist()
@@ -177,7 +231,7 @@ def _attention(
     """scaled_dot_product_attention by the kernel that torch takes on `device`; on `meta` it takes one that keeps all
     attention weights.
     """
-    if not query.is_meta:
+    if not query.is_meta or (device == "cpu" and dropout_p > 0):  # on a CPU no other kernel drops out
         return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     bias = None
     if attn_mask is not None:

@@ -207,7 +207,9 @@ def _metrics(arena: Arena, gallery: Gallery) -> Metrics:
     whiskers = f" Whiskers: 95 % intervals, {_over(arena)}." if words else ""
     caption = f"Avg.ACC, Forgetting and New.ACC of each method.{whiskers}"
     missing = [
-        f"{one.label}: no interval over test rows, {one.no_interval}." for one in arena.series if one.no_interval
+        f"{one.label}: no interval over test rows, {one.no_row_interval}."
+        for one in arena.series
+        if one.no_row_interval
     ]
     return Metrics(
         metrics_grid(arena),

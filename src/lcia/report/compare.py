@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lcia.report.load import Cost, Run
+from lcia.report.load import Bootstrap, Cost, Run
 from lcia.report.statistics import non_dominated, t_half_width
 
 # Configuration that names the run or its machinery, and not what is learned.
@@ -49,7 +49,7 @@ METRICS = (
     Metric("fwt", "FWT", True, "mean score on each task just before learning it"),
 )
 COSTS = tuple(Cost.model_fields)
-PARETO_COSTS = ("train_s", "trained_parameters", "examples_stored")
+PARETO_COSTS = ("train_s", "trained_parameters", "stored_parameters", "examples_stored")
 METHOD_COSTS = ("numbers_stored", "examples_stored", "adapters_stored", "extra_forward_rows", "extra_backward_rows")
 
 
@@ -59,7 +59,7 @@ class Interval:
 
     low: float
     high: float
-    over: str  # "seeds": t-interval; "test rows": bootstrap of a single run
+    over: str  # "seeds": t-interval; "test rows": bootstrap
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,33 @@ class Series:
     def interval(self, key: str) -> Interval | None:
         """Of a metric: over seeds where there are several, else over the one run's test rows."""
         if len(self.runs) == 1:
-            found = self.runs[0].bootstrap.intervals.get(key)
-            return None if found is None else Interval(*found, "test rows")
+            return self.row_interval(key)
         mean = self.metric(key)
         return None if mean is None else mean.interval
 
+    def row_interval(self, key: str) -> Interval | None:
+        """Of a metric's mean over seeds, over test rows."""
+        found = self.bootstrap.intervals.get(key)
+        return None if found is None else Interval(*found, "test rows")
+
     @property
-    def no_interval(self) -> str:
-        """Why a single measured run has no interval over its test rows; empty where it has, or needs none."""
-        single = len(self.runs) == 1 and self.metric("avg_acc") is not None
-        return self.runs[0].bootstrap.missing if single else ""
+    def no_row_interval(self) -> str:
+        """Why there is no interval over test rows; empty where there is, or nothing was measured."""
+        return "" if self.metric("avg_acc") is None else self.bootstrap.missing
+
+    @cached_property
+    def bootstrap(self) -> Bootstrap:
+        """Of the mean over seeds: in each resample all seeds have the same test rows. It knows of no other seed."""
+        found = [run.bootstrap for run in self.runs]
+        if len(found) == 1:
+            return found[0]
+        for run, one in zip(self.runs, found, strict=True):
+            if one.missing:
+                return Bootstrap(missing=f"seed {run.seed}: {one.missing}")
+        if len({one.rows for one in found}) > 1:
+            return Bootstrap(missing="its seeds did not answer the same test rows")
+        draws = {key: [one.draws[key] for one in found if key in one.draws] for one in found for key in one.draws}
+        return Bootstrap({key: np.mean(values, axis=0) for key, values in draws.items()}, found[0].rows)
 
     def cost(self, key: str) -> Estimate | None:
         return estimate(getattr(run.cost, key) for run in self.runs)

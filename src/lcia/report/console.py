@@ -27,7 +27,7 @@ from lcia.report.tables import (
 )
 
 _WIDE_STREAM = 8  # tasks; more, and the console's columns move together
-_COSTS = ("train_s", "peak_memory_mib", "trained_parameters", *METHOD_COSTS)
+_COSTS = ("train_s", "peak_memory_mib", "trained_parameters", "stored_parameters", *METHOD_COSTS)
 _ROW_NAME_WIDTH = 26
 _ROW_NAME_WIDTH_WIDE = 20  # so that 19 tasks fit 120 columns
 

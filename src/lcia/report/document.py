@@ -75,7 +75,7 @@ def _series_json(series: Series) -> dict[str, Any]:
         "seeds": list(series.seeds),
         "runs": [str(run.path) for run in series.runs],
         "metrics": {metric.key: _metric_json(series, metric.key) for metric in METRICS},
-        "no_interval": series.no_interval or None,
+        "no_row_interval": series.no_row_interval or None,
         "cost": {key: _estimate_json(series.cost(key)) for key in COSTS},
         "routing": {
             key: _estimate_json(series.routing(key)) for key in ("accuracy", "oracle_avg_acc", "base_model_answers")
@@ -86,10 +86,11 @@ def _series_json(series: Series) -> dict[str, Any]:
 
 
 def _metric_json(series: Series, key: str) -> dict[str, Any] | None:
-    found, interval = _estimate_json(series.metric(key)), series.interval(key)
+    found = _estimate_json(series.metric(key))
     if found is None:
         return None
-    return {**found, "interval": None if interval is None else asdict(interval)}
+    intervals = {"interval": series.interval(key), "row_interval": series.row_interval(key)}
+    return {**found, **{name: None if one is None else asdict(one) for name, one in intervals.items()}}
 
 
 def _estimate_json(found: Estimate | None) -> dict[str, Any] | None:

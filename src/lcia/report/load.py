@@ -65,13 +65,22 @@ class Cost(_Record):
     evaluations_run: int | None = None
     evaluations_reused: int | None = None
     peak_memory_mib: float | None = None
-    trained_parameters: int | None = None
+    trained_parameters: int | None = None  # of the largest adapter that a task trains
+    stored_parameters: int | None = None  # of all adapters at the end
     # what some methods need beside training one adapter; a method that needs none of it names none
     numbers_stored: float | None = None
     examples_stored: float | None = None
     adapters_stored: float | None = None  # beyond the trained one, active for every request
     extra_forward_rows: float | None = None
     extra_backward_rows: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number_of_parameters(cls, values: Any) -> Any:
+        """Older runs wrote one number, that of all adapters at the end, under the name of the trained ones."""
+        if isinstance(values, dict) and "trained_parameters" in values and "stored_parameters" not in values:
+            return {**values, "trained_parameters": None, "stored_parameters": values["trained_parameters"]}
+        return values
 
 
 class Step(_Record):
@@ -119,10 +128,16 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """95 % intervals of a run's metrics over its test examples, or why there are none."""
+    """Metrics over resampled test examples, or why there are none."""
 
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric → (low, high)
+    draws: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # metric → (2000,)
+    rows: tuple[tuple[str, ...], ...] = ()  # one a task: ids of its test rows, in the order in which they are drawn
     missing: str = ""
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Metric → (low, high), 95 %."""
+        return {key: percentile_interval(values) for key, values in self.draws.items()}
 
 
 class Results(_Record):
@@ -223,9 +238,9 @@ class Run(Results):
         """task → {id: percent} after all tasks; raises NoScores as `example_scores` does."""
         return {task: self.example_scores(task) for task in self.tasks}
 
-    def _rows_by_stage(self) -> list[NDArray[np.float64]]:
-        """One (T + 1, n_i) array a task: percent of each test row after each stage, NaN where not measured."""
-        arrays = []
+    def _rows_by_stage(self) -> tuple[list[NDArray[np.float64]], tuple[tuple[str, ...], ...]]:
+        """One (T + 1, n_i) array a task: percent of each test row after each stage, NaN where not measured; its ids."""
+        arrays, rows = [], []
         for i, task in enumerate(self.tasks):
             cells = {
                 row: self.example_scores(task, row)
@@ -239,25 +254,20 @@ class Run(Results):
             for row, cell in cells.items():
                 array[row] = [cell[key] for key in ids]
             arrays.append(array)
-        return arrays
+            rows.append(tuple(ids))
+        return arrays, tuple(rows)
 
     @cached_property
     def bootstrap(self) -> Bootstrap:
-        """Percentile intervals of the metrics over resampled test rows: what other test rows might have shown.
-
-        They say nothing about another seed.
-        """
+        """The metrics over resampled test rows: what other test rows might have shown. They know of no other seed."""
         try:
-            matrices = bootstrap_matrices(self._rows_by_stage(), self.tasks)
+            arrays, rows = self._rows_by_stage()
         except NoScores as why:
             return Bootstrap(missing=str(why))
-        resampled = [accuracy_metrics(matrix) for matrix in matrices]
-        intervals = {}
-        for key, value in self.metrics.items():
-            values = [drawn for found in resampled if (drawn := found.get(key)) is not None]
-            if value is not None and values:
-                intervals[key] = percentile_interval(values)
-        return Bootstrap(intervals)
+        resampled = [accuracy_metrics(matrix) for matrix in bootstrap_matrices(arrays, self.tasks)]
+        # a cell is measured in all resamples or in none, and so is a metric
+        measured = [key for key, value in self.metrics.items() if None not in (value, resampled[0].get(key))]
+        return Bootstrap({key: np.array([found[key] for found in resampled]) for key in measured}, rows)
 
 
 _R = TypeVar("_R", bound=BaseModel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lcia.report.load import LeftOut, Run, left_out_title
 from lcia.report.significance import compare_runs
 from lcia.report.tables import NOT_RECORDED
 
+FIGURES = "figures"  # the folder beside the page
 _UNBROKEN = 12  # characters of a name that stay on one line
 
 
@@ -44,7 +46,7 @@ def write_report(
     found = compare_runs(runs, against)
     single = len(found.arenas) == 1
     chapters = [
-        build_chapter(arena, scope, number, Gallery(out.parent / "figures", prefix="" if single else f"{number}-"))
+        build_chapter(arena, scope, number, Gallery(out.parent / FIGURES, prefix="" if single else f"{number}-"))
         for number, (arena, scope) in enumerate(zip(found.arenas, found.scopes, strict=True), start=1)
     ]
     text = (
@@ -63,6 +65,25 @@ def write_report(
     )
     write_text(out, text)
     return out
+
+
+def comparison_page(runs: Sequence[Run]) -> Path:
+    """Where a comparison goes that was given no place: beside the runs, where one folder holds all and can be written.
+
+    Else into the working directory.
+    """
+    folders = {run.path.resolve().parent for run in runs}
+    here = Path.cwd()
+    folder = folders.pop() if len(folders) == 1 else here
+    if not os.access(folder, os.W_OK):
+        folder = here
+    return (folder.relative_to(here) if folder.is_relative_to(here) else folder) / "comparison.html"
+
+
+def without_page(left_out: Sequence[LeftOut], page: Path) -> list[LeftOut]:
+    """What was given beside the runs, less the page and its figures: `runs/*` finds those of the last comparison."""
+    own = {page.resolve(), page.resolve().parent / FIGURES}
+    return [one for one in left_out if one.path.resolve() not in own]
 
 
 def _environment() -> Environment:

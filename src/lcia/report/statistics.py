@@ -109,7 +109,7 @@ def bootstrap_matrices(scores: Sequence[Values], names: Sequence[str]) -> Values
     return matrices
 
 
-def percentile_interval(values: Sequence[float]) -> tuple[float, float]:
+def percentile_interval(values: Sequence[float] | Values) -> tuple[float, float]:
     """The 2.5th and the 97.5th percentile."""
     low, high = np.quantile(values, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
     return float(low), float(high)

@@ -24,6 +24,7 @@ COST_NAMES = {
     "evaluations_reused": "Evaluations reused",
     "peak_memory_mib": "Peak memory",
     "trained_parameters": "Trained parameters",
+    "stored_parameters": "Stored parameters",
     "numbers_stored": "Numbers stored",
     "examples_stored": "Examples stored",
     "adapters_stored": "Adapters stored",
@@ -78,23 +79,22 @@ def estimate_text(found: Estimate | None, n_runs: int = 1, digits: int = 2, unit
 
 
 def metric_text(series: Series, key: str) -> str:
-    """`61.23 ± 3.40` over seeds, `61.23 [58.1, 64.4]` over the test rows of a single run."""
-    text, interval = estimate_text(series.metric(key), len(series.runs)), series.interval(key)
-    if interval is None or interval.over == "seeds":
-        return text
-    return f"{text} [{interval.low:.1f}, {interval.high:.1f}]"
+    """`61.23 ± 3.40 [58.1, 64.4]`: over seeds, where there are several, and over test rows."""
+    text, interval = estimate_text(series.metric(key), len(series.runs)), series.row_interval(key)
+    return text if interval is None else f"{text} [{interval.low:.1f}, {interval.high:.1f}]"
 
 
 def interval_words(series: Iterable[Series]) -> list[str]:
     """What the intervals in a table of these series are."""
-    found = [interval.over for one in series for metric in METRICS if (interval := one.interval(metric.key))]
+    keys = [metric.key for metric in METRICS]
+    series = list(series)
     words = []
-    if "seeds" in found:
+    if any(interval.over == "seeds" for one in series for key in keys if (interval := one.interval(key))):
         words.append(f"± half width of the {100 * CONFIDENCE:g} % t-interval over seeds")
-    if "test rows" in found:
+    if any(one.row_interval(key) for one in series for key in keys):
         words.append(
-            f"[low, high]: {100 * CONFIDENCE:g} % bootstrap interval over the test rows of a single run ({RESAMPLES:,} "
-            "resamples, stratified by task), which says nothing about other seeds"
+            f"[low, high]: {100 * CONFIDENCE:g} % bootstrap interval over test rows ({RESAMPLES:,} resamples, "
+            "stratified by task, the same rows for all seeds), which says nothing about other seeds"
         )
     return words
 

@@ -79,7 +79,7 @@ def coast(*, configuration: str = "domain", path: str | None = None) -> Found:
     tasks = []
     for entry in manifest.tasks:
         found = _own_task(entry, data, file) if manifest.coin is None else _coin_task(entry, manifest.coin, data, file)
-        tasks.append(replace(found, at_most=entry.at_most(), dev_share=manifest.dev_share))
+        tasks.append(replace(found, at_most=entry.at_most(), dev_share=manifest.dev_share, every_answer=True))
     note = (
         f"coast: {manifest.name}, version {manifest.version}, a reconstruction ({file}): sizes, splits and templates "
         "of COAST are unpublished, so nothing here is comparable with published COAST numbers"

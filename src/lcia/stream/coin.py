@@ -145,7 +145,13 @@ class CoinFolder:
         answers = cache(partial(_published_answers, task, self.images))
         reader = partial(self._read, task, answers)
         return TaskSource(
-            task.name, files, scorer=scorer, image_folders=(self.images,), links=self._links, reader=reader
+            task.name,
+            files,
+            scorer=scorer,
+            image_folders=(self.images,),
+            links=self._links,
+            every_answer=True,
+            reader=reader,
         )
 
     def _read(
@@ -176,12 +182,6 @@ class CoinFolder:
             drafts = _with_own_ids(drafts, path, notes)
         if counts["number"]:
             notes.append(f"{task.name}: {counts['number']} answers in {path.name} are numbers, read as text")
-        longer = sum(len(draft.turns) > 2 for draft in drafts)
-        if longer:
-            notes.append(
-                f"{task.name}: {longer} of {len(drafts)} rows in {path.name} ask several questions: the last answer is "
-                "learned, the others are context"
-            )
         return drafts
 
     def _completed(
@@ -317,7 +317,9 @@ def coin_accuracy(
     """Percent right of predictions that come from elsewhere, such as a `merge.jsonl` of CoIN's scripts.
 
     A question without prediction is wrong. As released, that holds for ScienceQA only: the other scripts average over
-    the predictions they are given.
+    the predictions they are given. Which prediction belongs to which question is told by the id, here always; the
+    released script of ImageNet pairs the n-th prediction with the n-th question, so that one missing line shifts all
+    behind it: that is not repeated.
 
     Args:
         predictions: question id → answer.

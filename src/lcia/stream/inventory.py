@@ -75,7 +75,9 @@ class Inventory:
 
 
 def take_inventory(found: Found, on_bytes: Callable[[int], None] = lambda read: None) -> Inventory:
-    """Look at every file of rows, and for every image they refer to; no image is opened.
+    """Look at every file of rows, and for every image they refer to.
+
+    No image is opened: what is cut off or not an image is found when a run begins.
 
     Args:
         on_bytes: called after each file of rows with its size.
@@ -174,7 +176,7 @@ def _listing(folder: str) -> dict[str, int]:
 
 _WORDS = {
     READY: "ready",
-    PARTLY: "partly: skip_bad_rows=true leaves out rows that are broken or whose image is missing",
+    PARTLY: "partly: skip_bad_rows=true leaves out rows that are broken or whose image is missing or empty",
     NO: "cannot run",
 }
 
@@ -194,7 +196,8 @@ def _render(inventory: Inventory) -> RenderableType:
     summary = f"{len(ready)} of {len(inventory.tasks)} tasks ready: {', '.join(ready) or 'none'}"
     if partly:
         summary += f"; partly: {', '.join(partly)}"
-    return Group(*lines, Text(summary, style="bold"), *(Text(f"- {note}") for note in inventory.notes))
+    opened = Text("images are opened when a run begins: one that is cut off is found then")
+    return Group(*lines, Text(summary, style="bold"), opened, *(Text(f"- {note}") for note in inventory.notes))
 
 
 def _file_line(file: FileState) -> str:

@@ -16,6 +16,7 @@ from lcia.errors import UserError, did_you_mean
 from lcia.seeds import stable_seed
 from lcia.stream.boxes import parse_box
 from lcia.stream.formats import SPLIT_NAMES, Draft, Faults, read_file, read_records
+from lcia.stream.hub import load_data_set
 from lcia.stream.scorers import SCORERS, answer_words, chosen_letter, chosen_truth, default_scorer
 from lcia.stream.sources import find
 from lcia.stream.super_ni import positive_examples, super_ni_prompt
@@ -98,6 +99,9 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
             "rows; grouping compares all of them"
         )
     train, dev, test = (tuple(map(_row, splits[split])) for split in SPLITS)
+    if source.every_answer:
+        train = _learned_whole(train, source.name, notes)
+        _note_context((*dev, *test), source.name, notes)
     return Task(source.name, instructions, train, dev, test, scorer)
 
 
@@ -153,15 +157,7 @@ def _with_id(draft: Draft, part: str, seen: dict[tuple[str, str], str]) -> Draft
 
 def _read_dataset(name: str, faults: Faults) -> Iterator[tuple[str, str | None, list[Draft]]]:
     """The splits of a hub data set, or of a folder written by `save_to_disk`."""
-    # imported here: only these sources need it, and it loads for seconds
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data set {name!r} cannot be loaded, from a folder or from the hub: {error}") from error
-    parts = loaded if isinstance(loaded, Mapping) else {None: loaded}
-    for part, rows in parts.items():
+    for part, rows in load_data_set(name).items():
         if part is not None and part not in SPLIT_NAMES:
             raise UserError(f"data set {name!r}: unknown split {part!r}. {did_you_mean(str(part), SPLIT_NAMES)}")
         label = str(part or "data")
@@ -420,6 +416,34 @@ def _check_answers(drafts: list[Draft], task: str, scorer: str) -> None:
                     f"{draft.source}: task {task!r} is scored by {scorer}, but the answer {output[:40]!r} names "
                     f"{missing}; correct it, or set another scorer"
                 )
+
+
+def _learned_whole(rows: tuple[Row, ...], task: str, notes: list[str]) -> tuple[Row, ...]:
+    """The rows, all answers of a conversation to be learned."""
+    marked = tuple(replace(row, every_answer=True) if _asks_several(row) else row for row in rows)
+    several = [row for row in marked if row.every_answer]
+    if several:
+        answers = sum(1 + sum(role == "assistant" for role, _ in row.messages) for row in several)
+        notes.append(
+            f"{task}: {len(several)} of {len(rows)} training rows ask several questions: all {answers} answers in them "
+            "are learned"
+        )
+    return marked
+
+
+def _note_context(rows: tuple[Row, ...], task: str, notes: list[str]) -> None:
+    several = sum(map(_asks_several, rows))
+    if several:
+        notes.append(
+            f"{task}: {several} of {len(rows)} evaluation rows ask several questions: the last answer is measured, the "
+            "others are context"
+        )
+
+
+def _asks_several(row: Row) -> bool:
+    """Whether an answer stands behind a question, before the last answer."""
+    roles = [role for role, _ in row.messages]
+    return "assistant" in roles[roles.index("user") :]
 
 
 def _row(draft: Draft) -> Row:

@@ -14,6 +14,7 @@ from lcia.errors import UserError, did_you_mean
 from lcia.stream.coast import coast
 from lcia.stream.coin import coin
 from lcia.stream.formats import SUFFIXES, decode_utf8, parse_json, read_bytes
+from lcia.stream.hub import super_ni_tasks
 from lcia.stream.task_source import (
     DATA,
     Found,
@@ -21,6 +22,7 @@ from lcia.stream.task_source import (
     TaskSource,
     data_files,
     data_folder,
+    is_hub_id,
     is_saved,
     is_split_file,
     looks_like_hub_id,
@@ -241,6 +243,9 @@ def _check_names(names: Iterable[str]) -> None:
         seen[name.casefold()] = name
 
 
+_CITB_SPLIT = PositionalSplit(test=50, dev=50, train=500)
+
+
 def _assistant() -> Found:
     return Found("assistant", folder(DATA / "assistant").tasks)
 
@@ -250,19 +255,34 @@ def _instrdialog(*, order: int = 1, path: str | None = None, examples: int = 2) 
 
     Args:
         order: 1, 2 or 3.
-        path: a folder of Super-NI task files, or one with a tasks.json; `$LCIA_DATA/instrdialog` if not given.
-        examples: positive examples in the prompt; CITB's 2.
+        path: a folder of Super-NI task files, or one with a tasks.json; a mirror of Super-NI on the hub, as its id or
+            as the folder in which `datasets` saved it; `$LCIA_DATA/instrdialog` if not given.
+        examples: positive examples in the prompt; CITB's 2. A mirror holds none.
     """
     file = DATA / "instrdialog" / "orders.json"
     orders: dict[str, list[str]] = parse_json(decode_utf8(read_bytes(file), file), file)
     if str(order) not in orders:
         raise UserError(f"stream: instrdialog has the orders {', '.join(orders)}, not {order!r}")
-    data = data_folder("instrdialog", path)
-    tasks = _listed_tasks(data) if (data / "tasks.json").is_file() else _task_files(data, orders[str(order)])
+    count = _example_count(examples, "stream: instrdialog")
+    if isinstance(path, str) and is_hub_id(path):
+        data, is_mirror = Path(path), True
+    else:
+        data = data_folder("instrdialog", path)
+        is_mirror = is_saved(data)
+    if is_mirror:
+        if count:
+            raise UserError(
+                f"stream: instrdialog: the data set {data} has rows of definition, inputs and targets, and no positive "
+                f"examples to show {count} of: set examples: 0, or take Super-NI's own task files"
+            )
+        tasks = super_ni_tasks(str(data), orders[str(order)], _CITB_SPLIT)
+    elif (data / "tasks.json").is_file():
+        tasks = _listed_tasks(data)
+    else:
+        tasks = _task_files(data, orders[str(order)])
     missing = [name for name in orders[str(order)] if name not in tasks]
     if missing:
         raise UserError(f"stream: instrdialog: {data} has no task {missing[0]!r} ({len(missing)} of 19 are missing)")
-    count = _example_count(examples, "stream: instrdialog")
     chosen = (tasks[name] for name in orders[str(order)])
     return Found("instrdialog", tuple(replace(task, scorer="rouge_l", examples=count) for task in chosen))
 
@@ -273,10 +293,11 @@ def _listed_tasks(path: Path) -> dict[str, TaskSource]:
 
 def _task_files(path: Path, names: Sequence[str]) -> dict[str, TaskSource]:
     """The Super-NI task files of these names, with CITB's splits."""
-    split = PositionalSplit(test=50, dev=50, train=500)
     files = {name: path / f"{name}.json" for name in names}
     return {
-        name: replace(task_at(name, str(file), path), split=split) for name, file in files.items() if file.is_file()
+        name: replace(task_at(name, str(file), path), split=_CITB_SPLIT)
+        for name, file in files.items()
+        if file.is_file()
     }
 
 

@@ -52,6 +52,7 @@ class TaskSource:
     split: PositionalSplit | None = None  # of rows that state none; None: 80/10/10
     dev_share: float = 0.0  # of the training rows, where the rows' own splits have no dev
     at_most: Mapping[str, int] = field(default_factory=dict)  # split → rows, drawn where there are more
+    every_answer: bool = False  # of a conversation is learned, not only the last one
     reader: FileReader | None = None  # of files that need more than `formats.read_file`
 
 
@@ -94,8 +95,7 @@ def task_at(
         dataset = str(place)
     elif place.is_dir():
         files = _split_files(place)
-    elif looks_like_hub_id(path) and not place.parent.is_dir():
-        # beside an existing folder it is a mistyped path, not worth half a minute of asking the hub
+    elif is_hub_id(path):
         dataset, home = path, Path()
     else:
         raise UserError(f"task {name!r}: {place} does not exist (a hub id is written owner/name)")
@@ -148,6 +148,15 @@ def data_files(path: Path) -> list[Path]:
 
 def looks_like_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None and not path.endswith(SUFFIXES)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it is owner/name and nothing on this disk.
+
+    Beside an existing folder it is a mistyped path, not worth half a minute of asking the hub.
+    """
+    place = Path(path).expanduser()
+    return looks_like_hub_id(path) and not place.exists() and not place.parent.is_dir()
 
 
 def is_saved(path: Path) -> bool:

@@ -22,6 +22,22 @@ class Row:
     images: tuple[str, ...] = ()  # absolute paths
     source: str = ""  # "file:line", for error messages
     demonstrations: tuple[str, ...] = ()  # what a prompt that is too long can do without; see `with_demonstrations`
+    every_answer: bool = False  # the assistant's turns behind a question in `messages` are learned as well
+
+    @property
+    def opening(self) -> Row:
+        """The row up to its first question whose answer is learned."""
+        if not self.every_answer:
+            return self
+        roles = [role for role, _ in self.messages]
+        asked = roles.index("user")
+        answered = next((place for place in range(asked, len(roles)) if roles[place] == "assistant"), len(roles))
+        return replace(self, messages=self.messages[:answered])
+
+    @property
+    def user_text(self) -> str:
+        """What the user sends last before the first answer that is learned: images are no part of it."""
+        return self.opening.messages[-1][1]
 
     def with_demonstrations(self, count: int) -> Row:
         """The row with only the first `count` of its demonstrations left in its prompt, and these no longer optional.

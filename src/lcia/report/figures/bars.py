@@ -19,6 +19,7 @@ _COSTS = {
     "eval_s": "evaluation time",
     "peak_memory_mib": "peak memory",
     "trained_parameters": "trained parameters",
+    "stored_parameters": "stored parameters",
 }
 
 
@@ -57,7 +58,7 @@ def metric_bars(arena: Arena) -> Figure:
 
 @styled
 def cost_bars(arena: Arena) -> Figure:
-    """Training and evaluation time, peak memory and trained parameters: one bar a method, mean over seeds."""
+    """Training and evaluation time, peak memory, trained and stored parameters: one bar a method, mean over seeds."""
     found = []
     for key, title in _COSTS.items():
         values = [one.cost(key) for one in arena.series]

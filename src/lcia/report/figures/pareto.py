@@ -1,4 +1,4 @@
-"""What a method's score costs: Avg.ACC against training time, trained parameters and stored examples."""
+"""What a method's score costs: Avg.ACC against training time, trained and stored parameters, stored examples."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from lcia.report.figures.layout import legend, legend_rows, panels, styled
 from lcia.report.figures.theme import FAINT, INK, PAPER, hue, line_look
 from lcia.report.tables import cost_text
 
-_COLUMNS = 3
-_TITLES = {"train_s": "training time", "trained_parameters": "trained parameters", "examples_stored": "examples stored"}
+_COLUMNS = 4
+_TITLES = {
+    "train_s": "training time",
+    "trained_parameters": "trained parameters",
+    "stored_parameters": "stored parameters",
+    "examples_stored": "examples stored",
+}
 
 
 def recorded_costs(arena: Arena) -> list[str]:

@@ -1,0 +1,176 @@
+"""The accuracy matrix of a run: as lcia measures it, against the plain way.
+
+    python bench/matrix.py                          # trains six tasks first: about fifteen minutes on 2 CPU cores
+    python bench/matrix.py --run runs/demo/lcia     # of a finished run
+    python bench/matrix.py --dtype float32 --rows 8 --steps 4     # the proof without bfloat16's rounding
+
+The plain way: after every stage, every cell of the row is answered again, with PEFT's adapters as they are loaded and
+one `generate` call a batch. It gets lcia's routing for nothing, its prompts sorted by length in batches of the same
+size, and lcia's attention. Both run from scratch, each in a process of its own, and only answering is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SETTINGS: dict[str, Any] = {
+    "stream": "assistant",
+    "model": "smollm2-135m",
+    "method": "lcia",
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "lora_r": 16,
+    "max_new_tokens": 12,
+}
+
+
+def trained(folder: Path, model: str, dtype: str, steps: int, rows: int) -> Path:
+    """A finished run, made here if it is not there."""
+    if not (folder / "results.json").is_file():
+        values = {**SETTINGS, "model": model, "dtype": dtype, "max_steps": steps, "max_eval_examples": rows}
+        overrides = [f"{key}={json.dumps(value)}" for key, value in {**values, "output_dir": str(folder)}.items()]
+        config = folder.with_suffix(".yaml")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text("stream: assistant\noutput_dir: unused\n", encoding="utf-8")
+        begun = (folder / "config.yaml").is_file()
+        arguments = ["resume", str(folder)] if begun else ["train", str(config), *overrides]
+        subprocess.run([sys.executable, "-m", "lcia", *arguments, "--json"], stdout=subprocess.DEVNULL, check=True)
+    return folder
+
+
+def by_lcia(run: Path) -> dict[str, Any]:
+    """Every row, no prediction taken over from an earlier run."""
+    arguments = ["eval", str(run), "--all-rows", "--recompute", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lcia", *arguments], stdout=subprocess.PIPE, text=True, check=True, env=_environment()
+    )
+    rows = json.loads(done.stdout)["rows"]
+    return {
+        "seconds": sum(row["eval_s"] for row in rows),
+        "cells": sum(len(row["scores"]) for row in rows),
+        "answered": sum(row["evaluations_run"] for row in rows),
+    }
+
+
+def by_hand(run: Path) -> dict[str, Any]:
+    """The same cells with transformers and PEFT; counts the predictions that differ from lcia's."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lcia.backbone import find_model, load_backbone
+    from lcia.run_folder import RunFolder
+    from lcia.session import current_stream, frozen_config
+
+    folder = RunFolder(run).require_run()
+    config = frozen_config(folder)
+    stream = current_stream(folder, config)
+    backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
+    reader, attention = backbone.reader, backbone.model.config._attn_implementation
+    generation, dtype = backbone.model.generation_config, backbone.model.dtype
+    del backbone
+    prompts = {task.name: {row.id: reader.encode_prompt(row).prompt for row in task.test} for task in stream}
+    pad = reader.tokenizer.pad_token_id
+    seconds, differing, answered, cells = 0.0, 0, 0, 0
+    stages = [None, *(record["stage"] for record in folder.records("stage_learned"))]
+    for number, stage in enumerate(stages):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            find_model(config.model), dtype=dtype, attn_implementation=attention
+        )
+        model.generation_config = generation
+        for adapter in sorted((run / "history" / str(stage)).glob("*/adapter_config.json")):
+            name = adapter.parent.name
+            if isinstance(model, PeftModel):
+                model.load_adapter(adapter.parent, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, adapter.parent, adapter_name=name)
+        model.eval()
+        for file in sorted((run / "evaluations" / "test" / str(number)).glob("*.jsonl")):
+            records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            cells += 1
+            for group in dict.fromkeys(record["group"] for record in records):
+                if group is not None:
+                    model.set_adapter(group)
+                mine = [record for record in records if record["group"] == group]
+                mine.sort(key=lambda record: len(prompts[file.stem][record["id"]]))
+                for start in range(0, len(mine), config.per_device_eval_batch_size):
+                    batch = mine[start : start + config.per_device_eval_batch_size]
+                    ids = [prompts[file.stem][record["id"]] for record in batch]
+                    length = max(map(len, ids))
+                    tokens = torch.tensor([[pad] * (length - len(row)) + list(row) for row in ids])
+                    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids])
+                    started = time.monotonic()
+                    with torch.no_grad():
+                        output = model.generate(
+                            input_ids=tokens, attention_mask=mask, max_new_tokens=config.max_new_tokens
+                        )
+                    texts = reader.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+                    seconds += time.monotonic() - started
+                    answered += len(batch)
+                    differing += sum(
+                        text.strip() != record["prediction"] for text, record in zip(texts, batch, strict=True)
+                    )
+    return {"seconds": seconds, "cells": cells, "predictions": answered, "differing": differing}
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def measure(run: Path) -> dict[str, Any]:
+    ours = by_lcia(run)
+    done = subprocess.run(
+        [sys.executable, __file__, "--by-hand", str(run)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=_environment(),
+    )
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    if ours["cells"] != theirs["cells"]:
+        raise SystemExit(f"lcia measured {ours['cells']} cells, the plain way {theirs['cells']}")
+    return {"lcia": ours, "plain": theirs, "ratio": theirs["seconds"] / ours["seconds"]}
+
+
+def table(found: dict[str, Any]) -> str:
+    ours, theirs = found["lcia"], found["plain"]
+    return "\n".join(
+        [
+            "| | lcia is faster by | seconds | cells of the matrix | answered |",
+            "|---|---|---|---|---|",
+            f"| lcia | 1.00x | {ours['seconds']:.1f} | {ours['cells']} | {ours['answered']} lists of prompts |",
+            f"| plain | {found['ratio']:.2f}x | {theirs['seconds']:.1f} | {theirs['cells']} | all |",
+            "",
+            f"{theirs['differing']} of {theirs['predictions']} predictions differ.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a finished run of the method lcia or lora")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--by-hand", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.by_hand:
+        print(json.dumps(by_hand(chosen.by_hand)))
+        sys.exit()
+    name = f"{Path(chosen.model).name}-{chosen.dtype}-{chosen.steps}-{chosen.rows}"
+    folder = chosen.run or trained(
+        Path("runs/bench/matrix") / name, chosen.model, chosen.dtype, chosen.steps, chosen.rows
+    )
+    measured = measure(folder)
+    print(table(measured))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,206 @@
+"""`lcia train` against TRL's SFTTrainer and a plain transformers Trainer: the same steps, timed.
+
+    python bench/training.py                       # about fifteen minutes on 2 CPU cores
+    python bench/training.py --json out.json
+    python bench/training.py --contender trl --dtype float32 --steps 4      # one of them, in this process
+
+All train the same LoRA adapter, from the same weights, on the same batches of the assistant stream's first task, with
+the same AdamW; the base is bfloat16, the adapter float32. Each contender has a process of its own, several times in
+turns, and its fastest round counts: other programs make things slower, never faster. Time is from the first step's
+start to the last one's end; memory is the highest of the process.
+
+A contender counts only if its float32 losses are lcia's, step by step, to 1e-4.
+
+`trainer` and `trl` take their defaults for attention (sdpa), but no autocast and no gradient checkpointing, which TRL
+would turn on; with `eager` they have lcia's attention on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CONTENDERS = ("lcia", "trainer", "trainer-eager", "trl", "trl-eager")
+LARGEST_DIFFERENCE = 1e-4  # of a loss
+TASK = "travel_intent"
+ROWS = 8  # a step
+RANK = 16
+SEED = 0
+
+
+def config_of(folder: Path, steps: int, dtype: str, model: str) -> Any:
+    from lcia.config import parse_config
+
+    values = {
+        "stream": "assistant",
+        "tasks": [TASK],
+        "model": model,
+        "method": "lora",
+        "output_dir": str(folder / "run"),
+        "seed": SEED,
+        "dtype": dtype,
+        "max_steps": steps,
+        "per_device_train_batch_size": ROWS,
+        "lora_r": RANK,
+        "learning_rate": 5e-4,
+        "logging_steps": 1,
+        "save_steps": 10_000,
+        "max_eval_examples": 1,
+        "max_new_tokens": 1,
+    }
+    return parse_config(values, where="bench")
+
+
+def by_lcia(config: Any) -> dict[str, Any]:
+    from lcia.machine import keep_freed_memory
+    from lcia.progress import Reporter
+    from lcia.run import train
+
+    keep_freed_memory()  # as the command does
+    with Reporter() as reporter:
+        results = train(config, reporter)
+    log = (Path(config.output_dir) / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"losses": [json.loads(line)["loss"] for line in log], "seconds": results["cost"]["train_s"]}
+
+
+def by_peer(config: Any, contender: str, folder: Path) -> dict[str, Any]:
+    """The adapter that lcia would start from, loaded by PEFT, and trained by a trainer of others."""
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    from lcia.backbone import find_model, load_backbone
+    from lcia.seeds import stable_seed
+    from lcia.session import load_run_stream, make_pool
+
+    backbone = load_backbone(config.model, config.dtype)
+    pool = make_pool(config, backbone)
+    pool.add("shared")
+    pool.save("shared", folder / "adapter")
+    rows = [backbone.reader.encode(row) for row in load_run_stream(config)[0].train]
+    data = Dataset.from_list(
+        [
+            {"input_ids": [*row.prompt, *row.answer], "labels": [-100] * len(row.prompt) + list(row.answer)}
+            for row in rows
+        ]
+    )
+    tokenizer = backbone.reader.tokenizer
+    attention = {"attn_implementation": "eager"} if contender.endswith("-eager") else {}
+    base = AutoModelForCausalLM.from_pretrained(
+        find_model(config.model), dtype=getattr(torch, config.dtype), **attention
+    )
+    del backbone, pool
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    clock: dict[str, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            clock["begin"] = time.monotonic()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            clock["end"] = time.monotonic()
+
+    arguments = {
+        **config.training_arguments(),
+        "output_dir": str(folder / "peer"),
+        "seed": stable_seed(config.seed, TASK, "order"),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    if contender.startswith("trl"):
+        from trl import SFTConfig, SFTTrainer
+
+        settings = SFTConfig(**{**arguments, "gradient_checkpointing": False, "bf16": False, "max_length": None})
+        trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+    else:
+        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+        trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=data, data_collator=collator)
+    trainer.add_callback(Clock())
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return {"losses": losses, "seconds": clock["end"] - clock["begin"]}
+
+
+def one(contender: str, steps: int, dtype: str, model: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(Path(folder), steps, dtype, model)
+        found = by_lcia(config) if contender == "lcia" else by_peer(config, contender, Path(folder))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return {**found, "examples_per_s": steps * ROWS / found["seconds"], "peak_gib": peak}
+
+
+def in_own_process(contender: str, steps: int, dtype: str, model: str) -> dict[str, Any]:
+    arguments = ["--contender", contender, "--steps", str(steps), "--dtype", dtype, "--model", model]
+    print(f"{contender}, {dtype}, {steps} steps", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{contender}: {done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(steps: int, proof_steps: int, rounds: int, model: str) -> dict[str, dict[str, Any]]:
+    """{contender: {examples_per_s, seconds_per_step, peak_gib, difference}}, the fastest of the rounds."""
+    proof = {name: in_own_process(name, proof_steps, "float32", model)["losses"] for name in CONTENDERS}
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for name in CONTENDERS:
+            result = in_own_process(name, steps, "bfloat16", model)
+            if name not in found or result["seconds"] < found[name]["seconds"]:
+                found[name] = result
+    for name, result in found.items():
+        if len(proof[name]) != proof_steps:
+            raise SystemExit(f"{name} logged {len(proof[name])} losses in {proof_steps} steps")
+        result["difference"] = max(abs(a - b) for a, b in zip(proof[name], proof["lcia"], strict=True))
+        result["seconds_per_step"] = result["seconds"] / steps
+        result["ratio"] = found["lcia"]["examples_per_s"] / result["examples_per_s"]
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| contender | lcia is faster by | examples/s | s/step | peak GiB | largest difference of a float32 loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        counts = "" if one["difference"] <= LARGEST_DIFFERENCE else " (other losses: does not count)"
+        lines.append(
+            f"| {name} | {one['ratio']:.2f}x | {one['examples_per_s']:.2f} | {one['seconds_per_step']:.2f} | "
+            f"{one['peak_gib']:.1f} | {one['difference']:.1e}{counts} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--proof-steps", type=int, default=4, help="in float32")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contender", choices=CONTENDERS, help="only this one, here; --steps and --dtype count")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    chosen = parser.parse_args()
+    if chosen.contender:
+        print(json.dumps(one(chosen.contender, chosen.steps, chosen.dtype, chosen.model)))
+        sys.exit()
+    measured = measure(chosen.steps, chosen.proof_steps, chosen.rounds, chosen.model)
+    print(table(measured))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,158 @@
+"""Two processes, as a launcher starts them, give the run that one gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lcia.errors import UserError
+from lcia.session import check_sharding
+
+Config = Callable[..., Any]
+FSDP = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+FSDP_SETTINGS = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+}
+
+
+def start(
+    arguments: list[str], processes: int, program: Sequence[str] = ("-m", "lcia"), **environment: str
+) -> list[subprocess.Popen[str]]:
+    """`lcia ARGUMENTS` in so many processes, with the environment that torchrun and `accelerate launch` make."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment}
+    if processes > 1:
+        shared |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", *program, *arguments],
+            env=shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def launch(
+    arguments: list[str], processes: int, program: Sequence[str] = ("-m", "lcia"), **environment: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """`start`, and wait for their ends."""
+    ended = []
+    for process in start(arguments, processes, program, **environment):
+        out, err = process.communicate(timeout=600)
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return ended
+
+
+def config_file(tmp_path: Path, tiny_config: Config, name: str, **changes: Any) -> Path:
+    limits = {"max_eval_examples": 4, "per_device_eval_batch_size": 2}
+    # AdamW would make a step of its own size out of a gradient that is nothing but rounding
+    plain = {"optim": "sgd", "learning_rate": 0.3}
+    config = tiny_config(output_dir=str(tmp_path / name), **{**limits, **plain, **changes})
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(config.as_yaml())
+    return path
+
+
+def adapters(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run / "pool").glob("*/adapter_model.safetensors"))
+    return {f"{file.parent.name}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def test_weights_spread_over_processes_learn_as_one(tiny_config: Config, tmp_path: Path) -> None:
+    """FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` asks for it."""
+    alone = config_file(tmp_path, tiny_config, "alone", per_device_train_batch_size=4)
+    two = config_file(tmp_path, tiny_config, "two", per_device_train_batch_size=2)
+    (one,) = launch(["train", str(alone), "--json"], 1)
+    both = launch(["train", str(two), "--json"], 2, FSDP, **FSDP_SETTINGS)
+    assert one.returncode == 0, one.stderr
+    assert [process.returncode for process in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert "sharded weights" in both[0].stderr
+    assert json.loads(both[0].stdout)["matrix"] == json.loads(one.stdout)["matrix"]
+    theirs = adapters(tmp_path / "two")
+    for key, value in adapters(tmp_path / "alone").items():
+        assert torch.allclose(theirs[key], value, atol=1e-6), key
+
+
+@pytest.mark.parametrize("method", ["lcia", ["ewc", "agem"]])
+def test_two_processes_learn_and_answer_as_one(method: Any, tiny_config: Config, tmp_path: Path) -> None:
+    """Half the rows in each process are the same batch; averages, adapters and answers are those of one process."""
+    alone = config_file(tmp_path, tiny_config, "alone", method=method, per_device_train_batch_size=4)
+    two = config_file(tmp_path, tiny_config, "two", method=method, per_device_train_batch_size=2)
+    (one,) = launch(["train", str(alone), "--json"], 1)
+    both = launch(["train", str(two), "--json"], 2)
+    assert one.returncode == 0, one.stderr
+    assert [process.returncode for process in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert both[1].stdout == ""  # one of them speaks
+    expected, found = json.loads(one.stdout), json.loads(both[0].stdout)
+    assert found["matrix"] == expected["matrix"]
+    theirs = adapters(tmp_path / "two")
+    for key, value in adapters(tmp_path / "alone").items():
+        assert torch.allclose(theirs[key], value, atol=1e-6), key
+
+
+def test_two_processes_that_were_killed_go_on_exactly(tiny_config: Config, tmp_path: Path) -> None:
+    several = {"per_device_train_batch_size": 2, "max_steps": 12, "save_steps": 1, "tasks": ["colours", "paints"]}
+    whole = config_file(tmp_path, tiny_config, "whole", **several)
+    killed = config_file(tmp_path, tiny_config, "killed", **several)
+    assert [process.returncode for process in launch(["train", str(whole)], 2)] == [0, 0]
+    both = start(["train", str(killed)], 2)
+    deadline = time.monotonic() + 300
+    history = tmp_path / "killed" / "history"
+    while not (history / "colours").is_dir() or not list((tmp_path / "killed" / "state").glob("*/complete.json")):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.005)
+    for process in both:
+        process.kill()
+        process.communicate()
+    assert not (history / "paints").exists()  # in the middle of the second task, behind a checkpoint
+    again = launch(["resume", str(tmp_path / "killed")], 2)
+    assert [process.returncode for process in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert "going on behind step" in again[0].stderr
+    expected = adapters(tmp_path / "whole")
+    found = adapters(tmp_path / "killed")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_an_error_is_told_once_and_ends_all(tmp_path: Path) -> None:
+    both = launch(["resume", str(tmp_path)], 2)
+    assert [process.returncode for process in both] == [2, 2]
+    assert "not a run folder" in both[0].stderr
+    assert "not a run folder" not in both[1].stderr
+
+
+def test_sharding_that_cannot_work_is_refused(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcia.session.is_sharding", lambda: True)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        check_sharding(tiny_config())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for method in ("lora", "lcia", "stable_ema", "multi_task", ["lcia", "replay"]):
+        check_sharding(tiny_config(method=method))
+    for method in ("ewc", ["lcia", "agem"], "moelora"):
+        with pytest.raises(UserError, match="train it with DDP"):
+            check_sharding(tiny_config(method=method))
+    config = tiny_config()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed"):
+        check_sharding(config)
