@@ -156,3 +156,11 @@ def test_sharding_that_cannot_work_is_refused(tiny_config: Config, monkeypatch: 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="DeepSpeed"):
         check_sharding(config)
+
+
+def test_sharding_that_accelerate_ignores_is_an_error(tiny_config: Config, tmp_path: Path) -> None:
+    """On a CPU accelerate would train under DDP instead, and say nothing."""
+    config = config_file(tmp_path, tiny_config, "two")
+    both = launch(["train", str(config)], 2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert [process.returncode for process in both] == [2, 2], both[0].stderr + both[1].stderr
+    assert "does not shard on this kind of device" in both[0].stderr

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from lcia.backbone import Encoded, answer_logits
 from lcia.checkpoint import Checkpoint, load_trained, mark_complete, save_trained
 from lcia.ema.sharding import local
+from lcia.errors import UserError
 from lcia.methods import Method, Placement, Training
 from lcia.processes import is_sharding, on_main
 from lcia.stream import Row, Task
@@ -236,6 +237,7 @@ def learn_task(
 
     Raises:
         RuntimeError: a trained weight is not finite at the end.
+        UserError: the launcher asks for a sharding that there is not on this device.
     """
     settings = TrainingArguments(
         **{
@@ -263,7 +265,8 @@ def learn_task(
         projector_learning_rate=projector_learning_rate,
     )
     trainer.remove_callback(PrinterCallback)  # results go to stdout, and this is not one
-    assert trainer.is_fsdp_enabled == is_sharding(), "the launcher's FSDP settings did not reach the Trainer"
+    if trainer.is_fsdp_enabled != is_sharding():
+        raise UserError("the launcher asks for FSDP, and accelerate does not shard on this kind of device; use DDP")
     trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint is not None else None)
     seconds = moments.seconds
     model.eval()
