@@ -45,7 +45,7 @@ def init_stream(config: RunConfig, reporter: Reporter) -> Stream | None:
     """
     if config.init_stream is None:
         return None
-    stream = load_run_stream(_init_config(config))
+    stream = load_run_stream(init_config(config))
     check_images(stream, config.model, reporter)
     return stream
 
@@ -92,7 +92,7 @@ def initialise(folder: RunFolder, config: RunConfig, backbone: Backbone, reporte
     return made
 
 
-def _init_config(config: RunConfig) -> RunConfig:
+def init_config(config: RunConfig) -> RunConfig:
     """The configuration of the run in RUN/init."""
     source, tasks = config.init_source()
     changes: dict[str, Any] = {"method": MultiTask.name, "stream": source, "tasks": tasks, "init_stream": None}
@@ -110,7 +110,7 @@ def _init_config(config: RunConfig) -> RunConfig:
 def _open(init: RunFolder, config: RunConfig, backbone: Backbone) -> Session:
     """The run in RUN/init, begun if it is not yet."""
     if not init.config.is_file():
-        on_main(write_text)(init.config, _init_config(config).as_yaml())
+        on_main(write_text)(init.config, init_config(config).as_yaml())
     own = frozen_config(init)
     stream = current_stream(init, own)
     init.tidy([task.name for task in stream])

@@ -15,7 +15,7 @@ from transformers import AutoConfig, TrainingArguments
 from lcia.backbone import Backbone, fit_demonstrations
 from lcia.config import RunConfig
 from lcia.errors import UserError
-from lcia.init_stage import _init_config, check_init
+from lcia.init_stage import check_init, init_config
 from lcia.methods import PGP, Combined, ContinualLLaVA, EProj, Method, build_method
 from lcia.planning.counting import FP32, Disk, Evaluations, count_disk, count_evaluations, optimizer_steps
 from lcia.planning.lengths import Lengths
@@ -260,7 +260,7 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     """The Init stage, which is a run of its own on other tasks; None where the configuration has none."""
     if config.init_stream is None:
         return None
-    own = _init_config(config)
+    own = init_config(config)
     backbone = outline(own, device)
     check_target_modules(backbone, own.lora_target_modules)
     stream = _stream(own, backbone)
