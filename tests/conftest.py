@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,27 @@ def tiny_config(tiny_model: Path, tiny_stream: Path, tmp_path: Path) -> Callable
         return parse_config({**values, **changes}, where="test")
 
     return make
+
+
+@pytest.fixture
+def lcia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+    import torch
+
+    from lcia import cli
+
+    threads = torch.get_num_threads()
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    torch.set_num_threads(threads)

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lcia import cli
 from lcia.bench import BENCHMARKS, bench_config
 from lcia.errors import UserError
 from lcia.stream.sources import DATA
 
 ORDERS: dict[str, list[str]] = json.loads((DATA / "instrdialog/orders.json").read_text())
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def lcia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -10,28 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lcia import cli, training
+from lcia import training
 
 GOOD_ROW = {"input": "a", "instruction": "say", "output": "b"}
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def lcia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ from coin_folder import (
     train_row,
     write,
 )
-from lcia import cli, load_stream
+from lcia import load_stream
 from lcia.answering import answer_requests
 from lcia.backbone import Reader
 from lcia.bench import BENCHMARKS, bench_config
@@ -70,24 +69,6 @@ Run = Callable[..., tuple[int, str, str]]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A download that is complete. Tests that change something build their own."""
     return build(tmp_path_factory.mktemp("coin"), KINDS)
-
-
-@pytest.fixture
-def lcia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def load(folder: Path, *tasks: str, skip_bad_rows: bool = False, **options: Any) -> Stream:

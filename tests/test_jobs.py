@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,7 +24,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lcia import bench_list, cli, jobs, learning
+from lcia import bench_list, jobs, learning
 from lcia.bench import bench_config
 from lcia.bench_list import bench_runs, outstanding, parse_list, parse_seeds
 from lcia.errors import UserError
@@ -467,26 +467,6 @@ def test_a_folder_of_something_else_is_refused(here: Path) -> None:
 
 
 # --- the command
-
-
-@pytest.fixture
-def lcia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-    threads = torch.get_num_threads()
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    yield run
-    torch.set_num_threads(threads)
 
 
 # Stands for lcia: ewc fails, the others' runs are there at once.
