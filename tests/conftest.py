@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -181,3 +182,23 @@ def lcia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     yield run
     torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def interrupted(step: int) -> Iterator[None]:
+    """What is done inside ends as by Ctrl-C, in the loss of its training step `step`, counted from 1."""
+    from lcia.training import TaskTrainer
+
+    original, steps = TaskTrainer.compute_loss, 0
+
+    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskTrainer, "compute_loss", dying)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, interrupted
 from lcia.adapters import stack_name
 from lcia.adapters.increments import IncrementPool, shares
 from lcia.adapters.targets import attention_outputs
@@ -32,7 +32,6 @@ from lcia.run import resume, train
 from lcia.run_folder import RunFolder
 from lcia.session import load_run_stream, open_run
 from lcia.stream import Row, load_stream
-from lcia.training import TaskTrainer
 from test_module_pool import TINY, tiny
 from tiny_vision import square_stream, tiny_llava
 
@@ -677,26 +676,14 @@ def test_the_answers_kept_for_later_know_the_instruction(backbone, rows) -> None
 
 
 @pytest.mark.parametrize("candidates", ["own", "all"])
-def test_a_kill_inside_a_task_changes_nothing(tiny_config, encoder, monkeypatch, tmp_path, candidates) -> None:
+def test_a_kill_inside_a_task_changes_nothing(tiny_config, encoder, tmp_path, candidates) -> None:
     method = {"name": "continual_llava", "candidates": candidates, "encoder": encoder}
     options: dict[str, Any] = {"method": method, "save_steps": 1}
     options["tasks"] = ["colours", "animals"]
     whole, cut = (tiny_config(**options, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
     measure(whole)
-    original: Callable[..., Any] = TaskTrainer.compute_loss
-    steps = 0
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 6:  # the third step of the second task
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(6):  # the third step of the second task
         measure(cut)
-    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
     with Reporter() as reporter:
         resume(tmp_path / "cut", reporter)
     records = [RunFolder(tmp_path / name).records("stage_learned") for name in ("whole", "cut")]
@@ -776,25 +763,13 @@ def test_what_is_no_encoder_is_refused(folders, encoder, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("killed_after", [2, 4])  # inside the first task, and inside the second
-def test_a_run_goes_on_and_answers_with_its_own_encoder_only(tiny_config, monkeypatch, tmp_path, killed_after) -> None:
+def test_a_run_goes_on_and_answers_with_its_own_encoder_only(tiny_config, tmp_path, killed_after) -> None:
     folder = save_encoder(tmp_path / "mine")
     method = {"name": "continual_llava", "encoder": str(folder)}
     config = tiny_config(method=method, tasks=["colours", "animals"], save_steps=1)
     run = Path(config.output_dir)
-    original: Callable[..., Any] = TaskTrainer.compute_loss
-    steps = 0
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps > killed_after:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(killed_after + 1):
         measure(config)
-    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
     save_encoder(folder, seed=1)
     forget_encoders()
     with Reporter() as reporter:

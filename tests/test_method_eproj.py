@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from conftest import interrupted
 from lcia.adapters import find_projector
 from lcia.adapters.projector import PROJECTOR_FILE
 from lcia.backbone import Backbone, load_backbone
@@ -25,7 +26,6 @@ from lcia.run import resume, train
 from lcia.run_folder import RunFolder
 from lcia.session import open_run
 from lcia.stream import Row, Task, load_stream
-from lcia.training import TaskTrainer
 from tiny_vision import square_stream, tiny_llava, tiny_qwen
 
 MAKERS = {"llava": tiny_llava, "qwen": tiny_qwen}
@@ -333,24 +333,12 @@ def test_it_composes_with_a_penalty(see_config) -> None:
     assert results["groups"]["paints"] == "colours"
 
 
-def test_a_kill_inside_a_task_changes_nothing(see_config, monkeypatch, tmp_path) -> None:
+def test_a_kill_inside_a_task_changes_nothing(see_config, tmp_path) -> None:
     options = {"tasks": ["colours", "paints"], "save_steps": 1}
     whole, cut = (see_config(**options, output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
     measure(whole)
-    original: Callable[..., Any] = TaskTrainer.compute_loss
-    steps = 0
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 6:  # the third step of the second task
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(6):  # the third step of the second task
         measure(cut)
-    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
     with Reporter() as reporter:
         resume(tmp_path / "cut", reporter)
     records = [RunFolder(tmp_path / name).records("stage_learned") for name in ("whole", "cut")]

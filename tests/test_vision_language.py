@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from conftest import interrupted
 from lcia import cli, run
 from lcia.adapters import AdapterPool, find_projector, language_targets
 from lcia.adapters.projector import PROJECTOR_FILE
@@ -347,26 +348,13 @@ def test_activation_checkpointing_learns_the_same(
 
 
 @pytest.mark.parametrize("model", TWO)
-def test_a_kill_inside_a_task_changes_nothing(
-    see_config: Callable[..., Any], model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_kill_inside_a_task_changes_nothing(see_config: Callable[..., Any], model: str, tmp_path: Path) -> None:
     options = {"tasks": ["colours", "paints"], "save_steps": 1, "projector_learning_rate": 5e-3}
     whole = see_config(model, **options, output_dir=str(tmp_path / "whole"))
     measure(whole)
     cut = see_config(model, **options, output_dir=str(tmp_path / "cut"))
-    original, steps = TaskTrainer.compute_loss, 0
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 6:  # the third step of the second task
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(6):  # the third step of the second task
         measure(cut)
-    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
     with Reporter() as reporter:
         resume(Path(cut.output_dir), reporter)
     files = [
@@ -532,19 +520,8 @@ def test_broken_images_are_left_out_and_counted(
     config = see_config(
         stream=str(broken), tasks=["colours", "tints"], skip_bad_rows=True, output_dir=str(tmp_path / "a")
     )
-    original, steps = TaskTrainer.compute_loss, 0
-
-    def dying(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 5:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(TaskTrainer, "compute_loss", dying)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(5):
         measure(config)
-    monkeypatch.setattr(TaskTrainer, "compute_loss", original)
     with Reporter() as reporter:
         results = resume(Path(config.output_dir), reporter)
     notes = load_run_stream(config).notes
