@@ -56,27 +56,31 @@ def main() -> None:
     processes.is_main()  # joins the others, where a launcher has started several
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # redrawn bars of the libraries would fill a log with fragments
+    processes.leave(_exit_code())
+
+
+def _exit_code() -> int:
+    """Run the command; what went wrong is told on stderr."""
     try:
         app()
     except (UserError, GateError) as error:
         if processes.is_main():
             print(f"lcia: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except SystemExit as stop:
-        if not stop.code:
-            processes.leave()
         if stop.code == 130:  # what typer makes of Ctrl-C
             print("lcia: interrupted; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
-        raise
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except OSError as error:  # a full disk, a folder that is gone
         print(f"lcia: {error}; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except Exception as error:  # noqa: BLE001 - the last resort: a message instead of a page of frames
         if os.environ.get("LCIA_DEBUG"):
             traceback.print_exc()
         hint = "" if os.environ.get("LCIA_DEBUG") else " (LCIA_DEBUG=1 shows where)"
         print(f"lcia: {type(error).__name__}: {error}{hint}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def _emit(as_json: bool, document: Any, *readable: Any) -> None:

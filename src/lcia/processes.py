@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,12 +51,20 @@ def is_sharding() -> bool:
     return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def leave() -> None:
-    """The work is done."""
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, 0 once all have come here."""
     if count() > 1:
         from torch import distributed
 
-        distributed.destroy_process_group()
+        if code == 0:
+            distributed.barrier()
+            distributed.destroy_process_group()
+        # A thread of gloo's that still wants Python while the interpreter closes aborts the process (SIGABRT), whatever
+        # the code: several processes end without closing it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def on_main(function: Callable[P, T]) -> Callable[P, T]:
