@@ -20,7 +20,7 @@ ORDER = [
     {"ema"},
     {"methods"},
     {"metrics", "config"},
-    {"checkpoint"},
+    {"checkpoint", "early_stopping"},
     {"training"},
     {"evaluation"},
     {"run_folder"},

@@ -37,6 +37,15 @@ def test_a_method_has_a_page_with_all_parts(name: str) -> None:
         assert option in ("args", "kwargs") or f"`{option}`" in text, option
 
 
+def test_measured_figures_are_those_of_the_results() -> None:
+    results = [(ROOT / "results" / f"{study}.md") for study in ("methods", "vision", "instrdialog")]
+    lines = {line for page in results if page.is_file() for line in page.read_text(encoding="utf-8").splitlines()}
+    for page in PAGES.glob("*.md"):
+        _, measured = page.read_text(encoding="utf-8").split("## Measured\n")
+        for row in re.findall(r"^\| `.*±.*$", measured, re.MULTILINE):
+            assert row in lines, f"{page.name}: {row}"
+
+
 def test_a_page_that_lacks_a_part_would_be_seen() -> None:
     text = (PAGES / "l2.md").read_text(encoding="utf-8")
     for part, pattern in PARTS.items():

@@ -65,6 +65,7 @@ BENCHMARKS = {
             "max_new_tokens": 128,
             "per_device_train_batch_size": 8,
             "num_train_epochs": 15,
+            "early_stopping_patience": 3,
             "lr_scheduler_type": "constant",
             # CITB's for its adapters; its 1e-5 is for training all weights, of which LoRA would learn next to nothing
             "learning_rate": 1e-3,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcia.errors import UserError
 from lcia.files import file_sha256, sync_folder, write_json
 from lcia.processes import on_main
 
@@ -48,11 +49,7 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
         facts = json.loads(mark.read_text(encoding="utf-8"))
         if facts["task"] != task:
             continue
-        wrong = [
-            name
-            for name, digest in facts["files"].items()
-            if not (mark.parent / name).is_file() or file_sha256(mark.parent / name) != digest
-        ]
+        wrong = _altered(mark.parent, facts)
         if wrong:
             damaged.append(f"{mark.parent}: {', '.join(wrong)} is missing or was altered; the checkpoint is not used")
         elif found is None or facts["step"] > found.step:
@@ -60,8 +57,38 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
     return found, damaged
 
 
-def mark_complete(folder: Path, task: str, step: int, seconds: float, log: list[dict[str, Any]]) -> None:
-    """Everything is written: make it durable, say so, and remove the checkpoints before it."""
+def checkpoint_at(state: Path, step: int) -> Checkpoint:
+    """The one after this step of the task that is being learned.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    folder = state / f"checkpoint-{step}"
+    if not (folder / _MARK).is_file():
+        raise UserError(f"{folder}: missing, and it holds the task's best weights; `lcia resume` learns the task again")
+    facts = json.loads((folder / _MARK).read_text(encoding="utf-8"))
+    wrong = _altered(folder, facts)
+    if wrong:
+        raise UserError(
+            f"{folder}: {', '.join(wrong)} is missing or was altered, and it holds the task's best weights; remove "
+            f"{state}, and `lcia resume` learns the task again"
+        )
+    return Checkpoint(folder, facts["step"], facts["seconds"], facts["log"])
+
+
+def _altered(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """The files that are not as they were written."""
+    return [
+        name
+        for name, digest in facts["files"].items()
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest
+    ]
+
+
+def mark_complete(
+    folder: Path, task: str, step: int, seconds: float, log: list[dict[str, Any]], best: int | None = None
+) -> None:
+    """Everything is written: make it durable, say so, and remove the checkpoints before it but that of step `best`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         with path.open("rb") as file:
@@ -71,17 +98,20 @@ def mark_complete(folder: Path, task: str, step: int, seconds: float, log: list[
     write_json(folder / _MARK, {"task": task, "step": step, "seconds": seconds, "log": log, "files": hashes})
     sync_folder(folder.parent)
     for other in folder.parent.glob("checkpoint-*"):
-        if other != folder:
-            shutil.rmtree(other)
+        if other not in (folder, folder.with_name(f"checkpoint-{best}")):
+            _remove(other)
 
 
 @on_main
 def clear_checkpoints(state: Path) -> None:
     """The task is finished and kept elsewhere."""
     for folder in state.glob("checkpoint-*"):
-        # the mark first: a half-removed checkpoint must not count
-        (folder / _MARK).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    (folder / _MARK).unlink(missing_ok=True)  # first: a half-removed checkpoint must not count
+    shutil.rmtree(folder)
 
 
 def save_trained(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:

@@ -90,6 +90,8 @@ class RunConfig(BaseModel):
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     logging_steps: int = Field(5, ge=1)
+    # epochs without a higher dev score after which a task ends, with the weights of its best epoch; null = never
+    early_stopping_patience: int | None = Field(None, ge=1)
     save_steps: int = Field(100, ge=1)  # a checkpoint inside a task, so that a killed task goes on behind it
 
     # tasks learned all at once before the stream begins, and merged into the base: as `stream`, or {name, path, tasks}

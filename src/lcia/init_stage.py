@@ -97,6 +97,7 @@ def init_config(config: RunConfig) -> RunConfig:
     source, tasks = config.init_source()
     changes: dict[str, Any] = {"method": MultiTask.name, "stream": source, "tasks": tasks, "init_stream": None}
     changes |= {"output_dir": str(RunFolder(config.output_dir).init), "eval_split": "test"}
+    changes["early_stopping_patience"] = None  # CITB stops the tasks of the stream, not Init
     if config.init_num_train_epochs is not None:
         changes["max_steps"] = -1  # the run's own limit was meant for the stream
     for key in ("max_train_examples", "num_train_epochs", "max_steps", "learning_rate"):

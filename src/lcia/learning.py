@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import yaml
 
 from lcia.backbone import Encoded
 from lcia.checkpoint import clear_checkpoints, find_checkpoint
+from lcia.early_stopping import EarlyStopping
+from lcia.evaluation import AnswerCache, evaluate_task
+from lcia.grouping import Match
+from lcia.methods import Placement
 from lcia.processes import is_sharding
 from lcia.progress import Reporter
 from lcia.results import parameter_counts, peak_memory_mib
@@ -36,8 +42,10 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         arguments["max_steps"] = config.max_steps * len(stage)
     checkpoint, damaged = find_checkpoint(folder.state, task.name)
     for sentence in damaged:
-        reporter.done(f"  note: {sentence}; {task.name} starts again")
+        reporter.done(f"  note: {sentence}")
     if checkpoint is None:
+        if damaged:
+            reporter.done(f"  note: {task.name} starts again")
         clear_checkpoints(folder.state)  # parts of one, or of another task
     else:
         reporter.done(f"  {task.name}: going on behind step {checkpoint.step}")
@@ -59,7 +67,10 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         on_record=reporter.training_step,
         projector=pool.projector_parameters(placement.adapter),
         projector_learning_rate=config.projector_learning_rate,
+        early_stopping=_early_stopping(session, stage, placement),
     )
+    if config.early_stopping_patience is not None:
+        reporter.done(f"  {task.name}: weights of step {learned.step} kept, of {len(learned.log)}")
     method.close_task(task)
     for name, before in untouched.items():
         if pool.sha256(name) != before:
@@ -81,6 +92,7 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         files=files,
         ema=told,
         train_s=learned.seconds,
+        step=learned.step,
         left_out=left_out,
         peak_memory_mib=peak_memory_mib(),
         trained_parameters=parameter_counts(pool)[placement.adapter],
@@ -97,6 +109,26 @@ def _encode(session: Session, rows: Sequence[Row]) -> tuple[list[tuple[Row, Enco
     fits = session.backbone.layout.fits
     fitting = [(row, ids) for row, ids in encoded if fits(len(ids.prompt), len(ids.answer), session.config)]
     return fitting, len(encoded) - len(fitting)
+
+
+def _early_stopping(session: Session, stage: Sequence[Task], placement: Placement) -> EarlyStopping | None:
+    """The configuration's, on the dev rows of the stage's tasks, answered with the weights in training."""
+    if session.config.early_stopping_patience is None:
+        return None
+    matches = [[Match(placement.group, 1.0, {})] * len(task.dev) for task in stage]
+
+    def score() -> float:
+        pool, reader = session.pool, session.backbone.reader
+        with tempfile.TemporaryDirectory() as fresh:  # weights that change every step: nothing to find again
+            cache = AnswerCache(Path(fresh), "")
+            scores = [
+                evaluate_task(pool, reader, task, task.dev, match, cache, session.decoding).score
+                for task, match in zip(stage, matches, strict=True)
+            ]
+        pool.train_only(placement.adapter, placement.beneath)
+        return sum(scores) / len(scores)
+
+    return EarlyStopping(score, session.config.early_stopping_patience)
 
 
 def _joined(stage: Sequence[Task]) -> Task:

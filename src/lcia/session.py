@@ -231,6 +231,8 @@ def load_run_stream(config: RunConfig) -> Stream:
         dev = _draw(task.dev, config.max_eval_examples, stable_seed(0, task.name, "dev"))
         if config.eval_split == "dev" and not dev:
             raise UserError(f"task {task.name!r}: eval_split is dev, and its dev split is empty")
+        if config.early_stopping_patience is not None and not dev:
+            raise UserError(f"task {task.name!r}: early_stopping_patience needs dev rows, and there are none")
         train, dev, test = (tuple(with_system(row, config.system) for row in rows) for rows in (train, dev, test))
         tasks.append(Task(task.name, task.instructions, train, dev, test, task.scorer))
     drawn = Stream(stream.name, tuple(tasks), stream.notes)
@@ -346,6 +348,8 @@ def check_sharding(config: RunConfig) -> None:
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("the launcher asks for FSDP1, whose weights nobody can read; set fsdp_version: 2")
+    if config.early_stopping_patience is not None:
+        raise UserError("early_stopping_patience needs checkpoints inside a task, which FSDP2 has not; train with DDP")
     parts = build_method(config.method_parts()).leaves()
     unable = [part.name for part in parts if not part.works_sharded()]
     if unable:

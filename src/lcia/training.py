@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lcia.backbone import Encoded, answer_logits
-from lcia.checkpoint import Checkpoint, load_trained, mark_complete, save_trained
+from lcia.checkpoint import Checkpoint, checkpoint_at, load_trained, mark_complete, save_trained
+from lcia.early_stopping import EarlyStopping
 from lcia.ema.sharding import local
 from lcia.errors import UserError
 from lcia.methods import Method, Placement, Training
@@ -31,6 +32,7 @@ class Learned:
 
     seconds: float  # of training, what an interrupted attempt took included
     log: list[dict[str, Any]]  # one record per optimizer step
+    step: int  # whose weights are kept: the last one, unless early stopping found an earlier one better
     sharded: bool  # the model's weights are spread over processes by now
 
 
@@ -44,6 +46,7 @@ class _Moments(TrainerCallback):
         placement: Placement,
         rows: Sequence[Row],
         checkpoint: Checkpoint | None,
+        early_stopping: EarlyStopping | None,
         on_record: LogFunction,
     ) -> None:
         self._method = method
@@ -51,6 +54,7 @@ class _Moments(TrainerCallback):
         self._placement = placement
         self._rows = rows
         self._checkpoint = checkpoint
+        self._early_stopping = early_stopping
         self._on_record = on_record
         # what several events tell of one step becomes one record
         self.log = {record["step"]: record for record in (checkpoint.log if checkpoint else [])}
@@ -76,8 +80,7 @@ class _Moments(TrainerCallback):
         )
         if self._checkpoint is not None:
             # Only now: a method's `begin` sees the weights before the task, whenever the task was interrupted.
-            load_trained(self._checkpoint.folder, self._trained)
-            self._method.load_progress(self._checkpoint.folder)
+            self.load(self._checkpoint.folder)
         self._started, self._rows_per_step = time.monotonic(), per_gradient
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,6 +103,16 @@ class _Moments(TrainerCallback):
         )
         if state.global_step >= state.max_steps:
             control.should_save = False  # the finished task is kept elsewhere
+        elif self._early_stopping is not None and state.epoch == int(state.epoch):
+            control.should_save = False  # `on_epoch_end` saves, with the epoch's score
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._early_stopping is None:
+            return
+        self._record(state, dev_score=self._early_stopping.score())
+        control.should_training_stop |= self._early_stopping.is_over(self._dev_scores())
+        # the end of the task as the best epoch needs no checkpoint, and one that is not gives way to that epoch's
+        control.should_save = not control.should_training_stop and state.global_step < state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -113,7 +126,19 @@ class _Moments(TrainerCallback):
     @on_main
     def _write_progress(self, folder: Path, step: int) -> None:
         self._method.save_progress(folder)
-        mark_complete(folder, self._task.name, step, self.seconds, list(self.log.values()))
+        mark_complete(folder, self._task.name, step, self.seconds, list(self.log.values()), self.best_step())
+
+    def load(self, folder: Path) -> None:
+        """The weights and what the method had gathered, as a checkpoint keeps them."""
+        load_trained(folder, self._trained)
+        self._method.load_progress(folder)
+
+    def best_step(self) -> int | None:
+        """The last step of the best epoch so far; None without early stopping, or before an epoch ended."""
+        return EarlyStopping.best(scores) if (scores := self._dev_scores()) else None
+
+    def _dev_scores(self) -> dict[int, float]:
+        return {step: record["dev_score"] for step, record in self.log.items() if "dev_score" in record}
 
     @property
     def seconds(self) -> float:
@@ -184,6 +209,11 @@ class TaskTrainer(Trainer):
             where = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
             raise OSError(f"{where} could not be written ({error}): is the disk full?") from error
 
+    def go_back(self, moments: _Moments, checkpoint: Checkpoint) -> None:
+        """To the end of an earlier epoch: weights, method, and the optimizer, which a method may read at the close."""
+        self._load_optimizer_and_scheduler(str(checkpoint.folder))
+        moments.load(checkpoint.folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The trained weights alone: the base model and other adapters do not change, and lie elsewhere."""
         assert output_dir is not None
@@ -224,6 +254,7 @@ def learn_task(
     on_record: LogFunction,
     projector: Collection[str] = (),
     projector_learning_rate: float | None = None,
+    early_stopping: EarlyStopping | None = None,
 ) -> Learned:
     """Train the weights that require gradients on `rows`; the method sees every step.
 
@@ -234,10 +265,12 @@ def learn_task(
         on_record: is told of every step and of every logged loss.
         projector: names of the trained parameters that only rows with images use.
         projector_learning_rate: theirs; None: that of `arguments`.
+        early_stopping: ends the task before `arguments` say so.
 
     Raises:
         RuntimeError: a trained weight is not finite at the end.
-        UserError: the launcher asks for a sharding that there is not on this device.
+        UserError: the launcher asks for a sharding that there is not on this device, or the checkpoint of the best
+            epoch was altered.
     """
     settings = TrainingArguments(
         **{
@@ -253,7 +286,7 @@ def learn_task(
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
     )
-    moments = _Moments(method, task, placement, [row for row, _ in rows], checkpoint, on_record)
+    moments = _Moments(method, task, placement, [row for row, _ in rows], checkpoint, early_stopping, on_record)
     trainer = TaskTrainer(
         model=model,
         args=settings,
@@ -268,9 +301,13 @@ def learn_task(
     if trainer.is_fsdp_enabled != is_sharding():
         raise UserError("the launcher asks for FSDP, and accelerate does not shard on this kind of device; use DDP")
     trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint is not None else None)
-    seconds = moments.seconds
+    seconds, step = moments.seconds, trainer.state.global_step
+    best = moments.best_step()
+    if best is not None and best != step:
+        trainer.go_back(moments, checkpoint_at(state_folder, best))
+        step = best
     model.eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(local(parameter)).all():
             raise RuntimeError(f"task {task.name!r}: {name} is not finite after training; lower learning_rate")
-    return Learned(seconds, list(moments.log.values()), sharded=trainer.is_fsdp_enabled)
+    return Learned(seconds, list(moments.log.values()), step, sharded=trainer.is_fsdp_enabled)

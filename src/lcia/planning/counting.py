@@ -11,7 +11,6 @@ from transformers import TrainingArguments
 from lcia.planning.rehearsal import Rehearsal, StageRehearsed
 
 FP32 = 4  # bytes
-_CHECKPOINTS = 2  # at once: the one before is removed when the new one is complete
 
 
 def optimizer_steps(rows: int, arguments: TrainingArguments, max_steps: int, processes: int) -> int:
@@ -72,12 +71,12 @@ class Disk:
     init: int = 0  # of an Init stage: the merged base, and the adapter that was merged
 
 
-def count_disk(found: Rehearsal, method: int, checkpoints: bool) -> Disk:
+def count_disk(found: Rehearsal, method: int, checkpoints: int) -> Disk:
     """See `Disk`.
 
     Args:
         method: bytes that the method holds while a task is learned.
-        checkpoints: whether a task has as many steps as it takes to write one.
+        checkpoints: that there are at once, while a task is learned.
     """
 
     def files(adapter: str) -> int:
@@ -88,5 +87,5 @@ def count_disk(found: Rehearsal, method: int, checkpoints: bool) -> Disk:
     return Disk(
         pool=sum(files(adapter) for adapter in found.adapters),
         history=history,
-        checkpoints=_CHECKPOINTS * one if checkpoints else 0,
+        checkpoints=checkpoints * one,
     )

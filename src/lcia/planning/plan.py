@@ -480,10 +480,14 @@ def _devices(gpus: int | None, found: Rehearsal, method: Combined, weights: _Wei
 def _disk(
     found: Rehearsal, stages: Sequence[StagePlan], config: RunConfig, weights: _Weights, init: _Init | None
 ) -> Disk:
-    own = count_disk(found, found.training.get(METHOD, 0), any(stage.steps > config.save_steps for stage in stages))
+    # while one is written the one before is there, and with early stopping that of the best epoch
+    checkpoints = 2 if any(stage.steps > config.save_steps for stage in stages) else 0
+    if config.early_stopping_patience is not None:
+        checkpoints = 3
+    own = count_disk(found, found.training.get(METHOD, 0), checkpoints)
     if init is None:
         return own
-    before = count_disk(init.found, 0, init.plan.stage.steps > config.save_steps)
+    before = count_disk(init.found, 0, 2 if init.plan.stage.steps > config.save_steps else 0)
     return replace(own, init=weights.all + before.history, checkpoints=max(own.checkpoints, before.checkpoints))
 
 
@@ -494,5 +498,7 @@ def _notes(config: RunConfig, method: Combined, stream: Stream, rows: _Rows, gpu
     if any(task.has_images for task in stream):
         extra = rows.lengths.tokens_of_any_image
         yield "tokens of an image depend on its size" if extra is None else f"an image takes {extra + 1} tokens"
+    if config.early_stopping_patience is not None:
+        yield "early stopping: steps and time are the most that there can be, without the scores of the dev rows"
     if gpus is not None and gpus > 1:
         yield _SEVERAL
