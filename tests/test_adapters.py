@@ -124,3 +124,28 @@ def test_a_mixed_batch_gives_what_each_row_gives_alone(pool: AdapterPool, tiny_m
     assert mixed == alone
     swapped = generate_answers(pool, reader, ["b", None, "a", "a", "b", None], prompts, decoding)
     assert [a == b for a, b in zip(mixed, swapped, strict=True)] == [False, True, False, False, False, True]
+
+
+def test_a_prompt_that_comes_again_is_answered_once(pool: AdapterPool, tiny_model: Path, monkeypatch) -> None:
+    from lcia.backbone import Encoded, load_backbone
+    from lcia.evaluation import Decoding, generate_answers
+
+    reader = load_backbone(str(tiny_model), "float32", "auto").reader
+    generator = torch.Generator().manual_seed(0)
+    pool.add("a")
+    for parameter in pool.parameters("a").values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    one, other = (Encoded(tuple(range(10, 10 + length)), ()) for length in (7, 3))
+    prompts, groups = [one, other, one, one, other], ["a", None, "a", None, None]
+    decoding = Decoding(max_new_tokens=8, batch_size=4, max_length=64)
+    asked, told, collate = [], [], reader.collate
+    monkeypatch.setattr(reader, "collate", lambda rows: asked.extend(rows) or collate(rows))
+    answers = generate_answers(pool, reader, groups, prompts, decoding, told.append)
+    assert len(asked) == 3
+    assert sum(told) == 5  # progress counts what was asked for
+    monkeypatch.undo()
+    assert answers == [
+        generate_answers(pool, reader, [group], [prompt], decoding)[0]
+        for group, prompt in zip(groups, prompts, strict=True)
+    ]
+    assert answers[0] != answers[3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +41,17 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers, prompt i with the weights of groups[i] (None: the base model), in the order of `prompts`.
 
-    Batches hold prompts of like length, so that little is padding. They mix groups where the pool's adapters can be
-    mixed; else each group has batches of its own. Several processes take turns at the batches, which are the same for
-    any number of them: so are the answers.
+    A prompt that comes several times is answered once. Batches hold prompts of like length, so that little is padding.
+    They mix groups where the pool's adapters can be mixed; else each group has batches of its own. Several processes
+    take turns at the batches, which are the same for any number of them: so are the answers.
     """
+    asked = [(group, json.dumps(reader.content(prompt))) for group, prompt in zip(groups, prompts, strict=True)]
+    times = Counter(asked)
+    first = {question: i for i, question in reversed(list(enumerate(asked)))}  # where it stands
     distinct = list(dict.fromkeys(groups))
-    parts = [list(range(len(prompts)))]
+    parts = [sorted(first.values())]
     if not pool.can_mix(distinct):
-        parts = [[i for i, group in enumerate(groups) if group == one] for one in distinct]
+        parts = [[i for i in parts[0] if groups[i] == one] for one in distinct]
     mine: dict[int, str] = {}  # prompt → this process's answer
     number = 0  # of the batch
     layout = layout_of(pool.model.config)
@@ -58,7 +62,7 @@ def generate_answers(
             model.eval()
             for start in range(0, len(order), decoding.batch_size):
                 chosen = order[start : start + decoding.batch_size]
-                on_batch(len(chosen))
+                on_batch(sum(times[asked[i]] for i in chosen))
                 number += 1
                 if number % count() != rank():
                     continue
@@ -70,7 +74,7 @@ def generate_answers(
                 texts = reader.tokenizer.batch_decode(output, skip_special_tokens=True)
                 mine |= {i: text.strip() for i, text in zip(chosen, texts, strict=True)}
     answers = {i: answer for part in gathered(mine) for i, answer in part.items()}
-    return [answers[i] for i in range(len(prompts))]
+    return [answers[first[question]] for question in asked]
 
 
 class AnswerCache:
