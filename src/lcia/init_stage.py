@@ -45,7 +45,7 @@ def init_stream(config: RunConfig, reporter: Reporter) -> Stream | None:
     """
     if config.init_stream is None:
         return None
-    stream = load_run_stream(init_config(config))
+    stream = load_run_stream(init_config(config), reporter)
     check_images(stream, config.model, reporter)
     return stream
 

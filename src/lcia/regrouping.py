@@ -43,7 +43,7 @@ def regroup(
         raise UserError("a reason is needed: it goes into the ledger, for whoever reads it in a year")
     with folder.lock():
         config = frozen_config(folder)
-        stream = current_stream(folder, config)
+        stream = current_stream(folder, config, reporter)
         if not is_finished(folder, stream):
             raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)

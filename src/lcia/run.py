@@ -51,7 +51,7 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     """
     config = config.with_absolute_paths()
     check_sharding(config)
-    stream = load_run_stream(config)
+    stream = load_run_stream(config, reporter)
     stream = replace(stream, notes=(*stream.notes, *remarks(config, stream)))
     check_images(stream, config.model, reporter)
     init = init_stream(config, reporter)
@@ -76,7 +76,7 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
     with folder.lock():
         config = frozen_config(folder)
         check_sharding(config)
-        stream = current_stream(folder, config)
+        stream = current_stream(folder, config, reporter)
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         if not folder.records("run_began"):  # interrupted before its first line
             folder.cut_unconfirmed()
@@ -110,11 +110,11 @@ def extend(
             began = folder.records("run_began")[0]["config"]
             require_same_config(began, wanted, str(config_file), ignored={"stream", "tasks", "output_dir"})
         check_sharding(config)
-        stream = current_stream(folder, config)
+        stream = current_stream(folder, config, reporter)
         if not is_finished(folder, stream):
             raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
         source = str(Path(source).absolute()) if Path(source).exists() else source
-        added = additional_stream(config, source, tasks)
+        added = additional_stream(config, source, tasks, reporter)
         taken = {task.name for task in stream} & {task.name for task in added}
         if taken:
             raise UserError(f"{path}: task {min(taken)!r} was learned already; a new task needs a name of its own")
@@ -155,7 +155,7 @@ def rollback(path: Path, to: str, reporter: Reporter) -> dict[str, Any]:
         folder.cut_unconfirmed()
         folder.confirm("rolled_back", to=to)
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
-        return finish(open_session(folder, config, current_stream(folder, config), backbone), reporter)
+        return finish(open_session(folder, config, current_stream(folder, config, reporter), backbone), reporter)
 
 
 def measure_again(
@@ -185,12 +185,12 @@ def measure_again(
     """
     folder = RunFolder(path).require_run()
     config = frozen_config(folder)
-    stream = current_stream(folder, config)
+    stream = current_stream(folder, config, reporter)
     if not is_finished(folder, stream):
         raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
     if source is not None and all_rows:
         raise UserError("eval: rows of the matrix are defined for the run's own tasks; leave out --all-rows or --data")
-    asked = list(additional_stream(config, source, tasks) if source is not None else stream)
+    asked = list(additional_stream(config, source, tasks, reporter) if source is not None else stream)
     if source is None and tasks is not None:
         unknown = sorted(set(tasks) - {task.name for task in asked})
         if unknown:

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -216,12 +216,12 @@ def require_same_config(
 # --- the stream
 
 
-def load_run_stream(config: RunConfig) -> Stream:
+def load_run_stream(config: RunConfig, reporter: Reporter | None = None) -> Stream:
     """The configuration's stream, its tasks and its limits applied, its system message in every prompt.
 
     Training rows are a draw that depends on the run's seed; evaluation rows are the same for every seed, and so
     is the split of data without splits, so that runs can be compared row by row. With `skip_bad_rows` the images of
-    what was drawn are opened.
+    what was drawn are opened, of which `reporter` shows a bar.
     """
     stream = load_stream(config.stream, tasks=config.tasks, skip_bad_rows=config.skip_bad_rows)
     tasks = []
@@ -236,7 +236,7 @@ def load_run_stream(config: RunConfig) -> Stream:
         train, dev, test = (tuple(with_system(row, config.system) for row in rows) for rows in (train, dev, test))
         tasks.append(Task(task.name, task.instructions, train, dev, test, task.scorer))
     drawn = Stream(stream.name, tuple(tasks), stream.notes)
-    return _with_usable_images(drawn) if config.skip_bad_rows else drawn
+    return _with_usable_images(drawn, reporter) if config.skip_bad_rows else drawn
 
 
 def with_system(row: Row, system: str | None) -> Row:
@@ -246,7 +246,7 @@ def with_system(row: Row, system: str | None) -> Row:
     return replace(row, messages=(("system", system), *row.messages))
 
 
-def _with_usable_images(stream: Stream) -> Stream:
+def _with_usable_images(stream: Stream, reporter: Reporter | None) -> Stream:
     """The stream less the rows with an image that cannot be opened, which the notes list.
 
     Raises:
@@ -254,8 +254,7 @@ def _with_usable_images(stream: Stream) -> Stream:
     """
     notes, tasks = list(stream.notes), []
     paths = dict.fromkeys(path for task in stream for row in _rows_of(task) for path in row.images)
-    with ThreadPoolExecutor() as threads:  # decoding leaves the interpreter free
-        faults = {path: fault for path, fault in zip(paths, threads.map(_image_fault, paths), strict=True) if fault}
+    faults = {path: fault for path, fault in _image_faults(paths, reporter) if fault}
     if not faults:
         return stream
     for task in stream:
@@ -276,8 +275,28 @@ def _rows_of(task: Task) -> tuple[Row, ...]:
     return (*task.train, *task.dev, *task.test)
 
 
+def _image_faults(paths: Collection[str], reporter: Reporter | None) -> Iterator[tuple[str, str | None]]:
+    """Each image and why it cannot be used, None where it can; with a bar."""
+    if paths and reporter is not None:
+        reporter.start("opening images", total=len(paths))
+    threads = ThreadPoolExecutor()  # decoding leaves the interpreter free
+    try:
+        for path, fault in zip(paths, threads.map(_image_fault, paths), strict=True):
+            yield path, fault
+            if reporter is not None:
+                reporter.advance()
+    finally:
+        threads.shutdown(cancel_futures=True)  # whoever asks may stop at the first fault
+
+
 def _image_fault(path: str) -> str | None:
-    """Why an image cannot be used."""
+    file = Path(path)
+    return _fault_as_of(path, file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@cache
+def _fault_as_of(path: str, _changed: int) -> str | None:
+    """Remembered: `skip_bad_rows` looks at what the checks before a run will look at again."""
     try:
         open_image(path)
     except UserError as error:
@@ -285,25 +304,27 @@ def _image_fault(path: str) -> str | None:
     return None
 
 
-def additional_stream(config: RunConfig, source: Any, tasks: list[str] | None) -> Stream:
+def additional_stream(
+    config: RunConfig, source: Any, tasks: list[str] | None, reporter: Reporter | None = None
+) -> Stream:
     """Tasks from elsewhere, with the limits and draws they would have had in the run's own stream."""
-    return load_run_stream(config.model_copy(update={"stream": source, "tasks": tasks}))
+    return load_run_stream(config.model_copy(update={"stream": source, "tasks": tasks}), reporter)
 
 
-def current_stream(folder: RunFolder, config: RunConfig) -> Stream:
+def current_stream(folder: RunFolder, config: RunConfig, reporter: Reporter | None = None) -> Stream:
     """The tasks the run has by now: those of its configuration, what extended it, less what was rolled back.
 
     Raises:
         UserError: a task's rows are not those it was begun with.
     """
-    stream = load_run_stream(config)
+    stream = load_run_stream(config, reporter)
     tasks, notes = list(stream.tasks), list(stream.notes)
     digests: dict[str, str] = {}
     for record in folder.records("run_began", "extended", "rolled_back"):
         if record["event"] == "run_began":
             digests.update(record["data_sha256"])
         elif record["event"] == "extended":
-            added = additional_stream(config, record["source"], record["tasks"])
+            added = additional_stream(config, record["source"], record["tasks"], reporter)
             tasks, notes = [*tasks, *added.tasks], [*notes, *added.notes]
             digests.update(record["data_sha256"])
         else:  # rolled_back
@@ -370,16 +391,9 @@ def check_images(stream: Stream, model: str, reporter: Reporter) -> None:
     if not load_layout(find_model(model), model).sees:
         raise UserError(f"{rows[0].source}: an image row, and model {model!r} reads text only")
     shown = {path: row for row in reversed(rows) for path in row.images}  # path → the first row with it
-    reporter.start("opening images", total=len(shown))
-
-    def opened(path: str) -> None:
-        fault = _image_fault(path)
+    for path, fault in _image_faults(list(reversed(shown)), reporter):
         if fault is not None:
             raise UserError(f"{shown[path].source}: {fault}")
-
-    with ThreadPoolExecutor() as threads:
-        for _ in threads.map(opened, reversed(shown)):
-            reporter.advance()
 
 
 def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config: RunConfig) -> None:

@@ -22,7 +22,7 @@ def validate_config(config: RunConfig, reporter: Reporter) -> StreamSummary:
     Raises:
         UserError: configuration or data that `lcia train` would refuse.
     """
-    stream = load_run_stream(config)
+    stream = load_run_stream(config, reporter)
     check_images(stream, config.model, reporter)
     init = init_stream(config, reporter)
     codebook = build_method(config.method_parts()).codebook
