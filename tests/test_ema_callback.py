@@ -290,12 +290,71 @@ def test_the_betas_are_logged(tmp_path):
     assert steps[0]["ema_fallback_fraction"] == 1, "the first step of eq45"
     assert not any(names & logged.keys() for logged in recorder.logged)
 
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_the_trainers_loggers_get_the_betas_with_the_loss(tmp_path, strategy):
     recorder = Recorder()
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, logging_strategy=strategy, logging_steps=2, per_device_train_batch_size=16)
+    run.callback_handler.callbacks.insert(0, recorder)  # where Trainer has its own loggers
     run.add_callback(DynamicEMACallback(rule="eq45", trainer=run))
-    run.callback_handler.callbacks.insert(0, recorder)
     run.train()
-    assert sum(names <= logged.keys() for logged in recorder.logged) == STEPS
+    told = [logged for logged in recorder.logged if "ema_beta_median" in logged]
+    assert len(told) == (3 if strategy == "steps" else 2)
+    assert all({"loss", "grad_norm", "learning_rate", "ema_retained_mass"} <= logged.keys() for logged in told)
+    assert [logged for logged in run.state.log_history if "loss" in logged] == [
+        {**logged, "step": step}
+        for logged, step in zip(told, (2, 4, 6) if strategy == "steps" else (3, 6), strict=True)
+    ]
+
+
+class CallsOff(TrainerCallback):
+    """Decides after everybody else that there is no evaluation."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = False
+
+
+def test_an_evaluation_that_is_called_off_changes_nothing(tmp_path):
+    evaluated = {"eval_dataset": Rows(8), "eval_strategy": "steps", "eval_steps": 1}
+    recorders = [Recorder(), Recorder()]
+    trainer(tmp_path, recorders[0], DynamicEMACallback(rule="fixed", fallback=0.9)).train()
+    callback = DynamicEMACallback(rule="fixed", fallback=0.9, keep_raw=True)
+    run = trainer(tmp_path, callback, recorders[1], CallsOff(), **evaluated)
+    run.train()
+    for plain, called_off in zip(recorders[0].weights, recorders[1].weights, strict=True):
+        assert same(plain, called_off)
+    assert same(raw(run.model), recorders[1].weights[-1])
+
+
+def test_fisher_resumes_with_the_importance_of_its_checkpoint(tmp_path):
+    importance = {name: torch.full_like(value, 0.1) for name, value in raw(Net()).items()}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    through = DynamicEMACallback(rule="fisher", importance=importance)
+    trainer(tmp_path / "one", through, **saving).train()
+    trainer(
+        tmp_path / "two", DynamicEMACallback(rule="fisher", importance=importance), Recorder(stop_after=3), **saving
+    ).train()
+    resumed = DynamicEMACallback(rule="fisher")  # nobody hands it over again
+    trainer(tmp_path / "two", resumed, **saving).train(resume_from_checkpoint=True)
+    assert same(dict(through.ema.averages), dict(resumed.ema.averages))
+    assert same(through.ema.importance, resumed.ema.importance)
+    with pytest.raises(ValueError, match=r"the state has strength 1.0, this DynamicEMA has 0.3"):
+        trainer(tmp_path / "two", DynamicEMACallback(rule="fisher", strength=0.3)).train(resume_from_checkpoint=True)
+
+
+def test_fisher_can_read_the_trainers_optimizer(tmp_path):
+    """8 bytes a parameter: F_new lies where AdamW keeps it anyway."""
+    importance = {name: torch.full_like(value, 0.1) for name, value in raw(Net()).items()}
+    found = {}
+    for source in ("running", "adamw"):
+        callback = DynamicEMACallback(rule="fisher", importance=importance, fisher_source=source)
+        trainer(tmp_path, callback, max_grad_norm=0.0).train()
+        found[source] = callback.ema
+    assert sum(flat.numel() for flat in found["adamw"]._buffers().values()) * 3 == 2 * sum(
+        flat.numel() for flat in found["running"]._buffers().values()
+    )
+    for name, value in found["running"].averages.items():  # without clipping both read the same squares
+        assert torch.allclose(found["adamw"].averages[name], value, atol=1e-5), name
 
 
 def test_fisher_sees_gradients_as_they_were_before_clipping(tmp_path):
@@ -368,8 +427,10 @@ def test_a_step_that_the_scaler_skips_does_not_touch_the_average():
 
 def test_deepspeed_is_refused():
     args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}})
-    with pytest.raises(RuntimeError, match="DeepSpeed makes the optimizer step"):
-        DynamicEMACallback().on_train_begin(args, None, None, model=Net(), optimizer=None)
+    by_launcher = SimpleNamespace(deepspeed=None, deepspeed_plugin=object())
+    for arguments_ in (args, by_launcher):
+        with pytest.raises(RuntimeError, match="DeepSpeed makes the optimizer step"):
+            DynamicEMACallback().on_train_begin(arguments_, None, None, model=Net(), optimizer=None)
 
 
 def test_per_example_gradients_of_a_scaled_loss_are_refused():

@@ -217,7 +217,7 @@ class DynamicEMA:
 
         Raises:
             RuntimeError: a gradient is missing and was not declared optional, or a weight is not finite. The
-                message names the parameter; the averages are as they were.
+                message names the parameter. The averages are as they were; what a rule remembers of gradients is not.
         """
         weights = self._parameters.weights()
         gradients, present = self._gradients()
@@ -386,7 +386,9 @@ class DynamicEMA:
             return [], None
         squares: list[Tensor] = []
         if self._squares is None:
-            squares, correction = fisher.adamw_second_moment(self._optimizer, self._parameters.by_name)
+            squares, correction = fisher.adamw_second_moment(
+                self._optimizer, self._parameters.by_name, self._parameters.optional
+            )
         else:
             correction = fisher.bias_correction(self.fisher_decay, self._memory["observed"])
         return squares, self._layout.spread((self.examples_per_gradient * correction).to(self._average))
@@ -470,7 +472,7 @@ class DynamicEMA:
 
         Of sharded parameters it holds whole tensors, the same on every process: any number can resume.
         """
-        state: dict[str, Any] = {"rule": self.rule, "per": self.per, "steps": self.steps}
+        state: dict[str, Any] = {"rule": self.rule, "per": self.per, **self._settings(), "steps": self.steps}
         for kind, flat in self._buffers().items():
             for name, value in self._parameters.named_whole(self._layout.views(flat)).items():
                 state[f"{kind}/{name}"] = value.clone()
@@ -485,12 +487,16 @@ class DynamicEMA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from the `state_dict()` of a DynamicEMA with this rule over these parameters.
 
+        `importance` need not be given again: the state holds it.
+
         Raises:
-            ValueError: another rule, or other parameters; the message names the difference.
+            ValueError: another rule, other settings of it, or other parameters; the message names the difference.
         """
-        for key, mine in (("rule", self.rule), ("per", self.per)):
-            if state.get(key) != mine:
-                raise ValueError(f"the state has {key} {state.get(key)!r}, this DynamicEMA has {mine!r}")
+        for key, mine in {"rule": self.rule, "per": self.per, **self._settings()}.items():
+            if state.get(key, mine) != mine:
+                raise ValueError(f"the state has {key} {state[key]!r}, this DynamicEMA has {mine!r}")
+        if self._importance is None and any(key.startswith("importance/") for key in state):
+            self._importance = self._layout.new()
         parts = {}
         for kind in self._buffers():
             prefix = f"{kind}/"
@@ -529,6 +535,14 @@ class DynamicEMA:
             for key in file.keys():  # noqa: SIM118 - it is not a mapping
                 state[key] = file.get_tensor(key)
         self.load_state_dict(state)
+
+    def _settings(self) -> dict[str, Any]:
+        """What makes this rule another one in the middle of a task."""
+        settings: dict[str, Any] = {"fallback": self.fallback, "rest_steps": self.rest_steps}
+        if "curvature" in self._rule.reads:
+            names = ("total_steps", "strength", "forgetting", "fisher_source", "fisher_decay")
+            settings |= {name: getattr(self, name) for name in names}
+        return settings
 
     def _buffers(self) -> dict[str, Tensor]:
         """The flat buffers that this rule keeps."""

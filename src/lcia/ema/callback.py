@@ -66,6 +66,8 @@ class DynamicEMACallback(TrainerCallback):
         self.resume_from = resume_from
         self.trainer = trainer
         self.ema: DynamicEMA | None = None
+        if trainer is not None:
+            trainer.callback_handler.callbacks.insert(0, _LogsFirst(self))
         self._clip_watch: ClipWatch | None = None
         self._unclip = 1.0
         self._raw: list[tuple[Tensor, Tensor]] = []  # (parameter, its θ) while an evaluation sees θ*
@@ -76,7 +78,8 @@ class DynamicEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        if args.deepspeed is not None:
+        # set by the configuration's key, or by `accelerate launch`
+        if args.deepspeed is not None or getattr(args, "deepspeed_plugin", None) is not None:
             raise RuntimeError(
                 "DeepSpeed makes the optimizer step, and clears the gradients, inside backward(), before a callback "
                 "can read them: DynamicEMACallback works with one process, DDP and FSDP2"
@@ -116,8 +119,6 @@ class DynamicEMACallback(TrainerCallback):
         ema.step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_log and self.trainer is not None:
-            self.trainer.log(self.log_values())
         self._show_average(control, kwargs["model"])
 
     def on_epoch_end(
@@ -129,6 +130,8 @@ class DynamicEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._evaluated = False
+        self._evaluations_left = 0
+        self._show_raw()  # of an evaluation that another callback has called off
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._evaluated and not self._evaluations_left:
@@ -141,10 +144,8 @@ class DynamicEMACallback(TrainerCallback):
             self._show_raw()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer is None and "loss" in kwargs["logs"]:
-            values = self.log_values()
-            kwargs["logs"].update(values)
-            state.log_history[-1].update(values)
+        if self.trainer is None:
+            self.add_values(state, kwargs["logs"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._evaluations_left:
@@ -159,10 +160,18 @@ class DynamicEMACallback(TrainerCallback):
         self._evaluated = False
         self._stop_watching()
         ema.close()
+        self._show_raw()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             ema.load(_existing(Path(state.best_model_checkpoint) / FILE_NAME))
         if not self.keep_raw:
             ema.copy_to_model()
+
+    def add_values(self, state: TrainerState, logs: dict[str, float]) -> None:
+        """`log_values` into a log of training, which `state` keeps a copy of."""
+        if self.ema is not None and "loss" in logs:
+            values = self.log_values()
+            logs.update(values)
+            state.log_history[-1].update(values)
 
     def log_values(self) -> dict[str, float]:
         """What is logged: quantiles of β over tensors, the fallback fraction, the mean retained mass."""
@@ -209,6 +218,16 @@ class DynamicEMACallback(TrainerCallback):
         folders = [self.resume_from, args.resume_from_checkpoint]
         folder = next((Path(given) for given in folders if isinstance(given, str | Path)), None)
         return _existing((folder or Path(args.output_dir) / f"checkpoint-{state.global_step}") / FILE_NAME)
+
+
+class _LogsFirst(TrainerCallback):
+    """Stands before the Trainer's loggers, so that they see what `owner` adds to a log."""
+
+    def __init__(self, owner: DynamicEMACallback):
+        self._owner = owner
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._owner.add_values(state, kwargs["logs"])
 
 
 def _existing(file: Path) -> Path:

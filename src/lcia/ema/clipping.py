@@ -48,6 +48,9 @@ class ClipWatch:
             loss_scale: what the loss was multiplied by (fp16) and unscaling has since divided the gradients by.
         """
         watched = [parameter for parameter in self._parameters if id(parameter) in self._copies]
+        if not watched:  # none of them had a part in the loss
+            self.unknown += 1
+            return 1.0
         before = torch.cat([self._copies.pop(id(parameter)) for parameter in watched]) / loss_scale
         after = torch.cat([_few_of(parameter.grad) for parameter in watched])
         several = dist.is_initialized() and dist.get_world_size() > 1

@@ -14,7 +14,7 @@ large batch and a short task, `running` and `adamw` find the new task more deman
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +31,13 @@ def bias_correction(decay: float | Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed > 0, 1 / (1 - decay ** observed.clamp_min(1)), torch.zeros_like(observed))
 
 
-def adamw_second_moment(optimizer: Any, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+def adamw_second_moment(
+    optimizer: Any, parameters: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> tuple[list[Tensor], Tensor]:
     """The running means of g² that Adam or AdamW keeps, and the factors (n,) that make them unbiased.
+
+    Args:
+        optional: names that may have had no gradient yet; of these the optimizer keeps nothing until they have.
 
     Raises:
         ValueError: the optimizer keeps none for a parameter (another optimizer, or it has not stepped yet).
@@ -46,6 +51,8 @@ def adamw_second_moment(optimizer: Any, parameters: Mapping[str, Tensor]) -> tup
     moments, decay, steps = [], [], []
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
+        if id(parameter) in decays and not state and name in optional:
+            state = {"exp_avg_sq": torch.zeros_like(parameter, requires_grad=False), "step": 0.0}
         if id(parameter) not in decays or "exp_avg_sq" not in state:
             raise ValueError(
                 f"the optimizer {type(optimizer).__name__} keeps no running mean of squared gradients (exp_avg_sq) for "
@@ -53,7 +60,7 @@ def adamw_second_moment(optimizer: Any, parameters: Mapping[str, Tensor]) -> tup
             )
         moments.append(local(state["exp_avg_sq"]))
         decay.append(decays[id(parameter)])
-        steps.append(torch.as_tensor(state["step"]))
+        steps.append(torch.as_tensor(state["step"], dtype=torch.float32))
     observed = torch.stack(steps)
     return moments, bias_correction(torch.tensor(decay, dtype=observed.dtype, device=observed.device), observed)
 
