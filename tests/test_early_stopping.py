@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from lcia.early_stopping import EarlyStopping
 from lcia.errors import UserError
 from lcia.methods import METHODS
 from lcia.progress import Reporter
-from lcia.run import measure_again, resume, train
+from lcia.remarks import about_early_stopping
+from lcia.run import extend, measure_again, resume, train
 from lcia.stream import SCORERS
 
 Config = Callable[..., Any]
 # Two steps an epoch; the second task is learned in the adapter of the first, so that every part of a method works.
 EPOCHS = {"tasks": ["colours", "paints"], "max_steps": -1, "num_train_epochs": 4, "per_device_train_batch_size": 8}
-TRAINED = sorted(set(METHODS) - {"zero_shot", "eproj", "continual_llava", "adapter_cl"})
+TRAINED = sorted(set(METHODS) - {"zero_shot", "eproj", "continual_llava"})
 FISHER = {"name": "lcia", "rule": "fisher"}
 
 
@@ -94,29 +96,37 @@ def test_going_back_to_an_epoch_is_having_ended_there(method, tiny_config: Confi
     assert len(worse) == len(steps)  # the log tells of the epoch that was taken back
 
 
+@pytest.fixture
+def by_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
+    """Scores by optimizer step: what is measured again scores the same."""
+
+    def make(scores: dict[int, float]) -> None:
+        reached: dict[str, int] = {}
+        original = learning.learn_task
+
+        def watched(*args: Any, on_record: Any, **kwargs: Any) -> Any:
+            def note(record: dict[str, Any]) -> None:
+                reached["step"] = record["step"]
+                on_record(record)
+
+            return original(*args, on_record=note, **kwargs)
+
+        def stopping(session: Any, *_: Any) -> EarlyStopping:
+            return EarlyStopping(lambda: scores[reached["step"]], session.config.early_stopping_patience)
+
+        monkeypatch.setattr(learning, "learn_task", watched)
+        monkeypatch.setattr(learning, "_early_stopping", stopping)
+
+    return make
+
+
 @pytest.mark.parametrize("dies_at", [3, 4, 5, 6, 7, 11])
 @pytest.mark.parametrize("method", ["lora", FISHER], ids=str)
-def test_a_killed_task_stops_where_it_would_have(dies_at, method, tiny_config: Config, tmp_path, monkeypatch) -> None:
+def test_a_killed_task_stops_where_it_would_have(dies_at, method, tiny_config: Config, tmp_path, by_step) -> None:
     """In the worse epoch, between two checkpoints of one, at an epoch's first and last step, in the second task."""
     options = {**EPOCHS, "method": method, "early_stopping_patience": 2, "save_steps": 3, "lora_dropout": 0.1}
-    options |= {"max_eval_examples": 1, "max_new_tokens": 2}
-    scores = {2: 1.0, 4: 3.0, 6: 2.0, 8: 2.5}  # by step: what is measured again scores the same
-
-    def make(session: Any, *_: Any) -> EarlyStopping:
-        return EarlyStopping(lambda: scores[reached["step"]], 2)
-
-    reached: dict[str, int] = {}
-    original = learning.learn_task
-
-    def watched(*args: Any, on_record: Any, **kwargs: Any) -> Any:
-        def note(record: dict[str, Any]) -> None:
-            reached["step"] = record["step"]
-            on_record(record)
-
-        return original(*args, on_record=note, **kwargs)
-
-    monkeypatch.setattr(learning, "learn_task", watched)
-    monkeypatch.setattr(learning, "_early_stopping", make)
+    options |= {"max_eval_examples": 1, "max_new_tokens": 2, "logging_steps": 5}
+    by_step({2: 1.0, 4: 3.0, 6: 2.0, 8: 2.5})
     whole = measure(tiny_config(**options, output_dir=str(tmp_path / "whole")))
     with interrupted(dies_at):
         measure(tiny_config(**options, output_dir=str(tmp_path / "cut")))
@@ -134,6 +144,85 @@ def test_a_killed_task_stops_where_it_would_have(dies_at, method, tiny_config: C
         del record["examples_per_s"]
     assert logs[0] == logs[1]
     assert not list((tmp_path / "cut" / "state").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("harm", ["newest altered", "best altered", "best missing"])
+def test_a_damaged_checkpoint_lets_the_task_start_again(harm, tiny_config: Config, tmp_path, by_step, capsys) -> None:
+    """Whichever of the two: going on without the best epoch would end in nothing."""
+    options = {**EPOCHS, "method": "lora", "early_stopping_patience": 2, "lora_dropout": 0.1}
+    by_step({2: 3.0, 4: 1.0, 6: 2.0})
+    whole = measure(tiny_config(**options, output_dir=str(tmp_path / "whole")))
+    with interrupted(5):
+        measure(tiny_config(**options, output_dir=str(tmp_path / "cut")))
+    state = tmp_path / "cut" / "state"
+    assert {folder.name for folder in state.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    harmed = state / ("checkpoint-4" if harm == "newest altered" else "checkpoint-2")
+    if harm == "best missing":
+        shutil.rmtree(harmed)
+    else:
+        (harmed / "trained.safetensors").write_bytes(b"")
+    for _ in range(2):  # and once more: a folder that was damaged is whole when it is written again
+        with interrupted(6), Reporter() as reporter:
+            resume(tmp_path / "cut", reporter)
+        told_of = capsys.readouterr().err
+    assert "altered" not in told_of
+    assert "starts again" not in told_of
+    with Reporter() as reporter:
+        assert resume(tmp_path / "cut", reporter)["matrix"] == whole["matrix"]
+    assert learned_steps(tmp_path / "cut") == learned_steps(tmp_path / "whole") == {"colours": 2, "paints": 2}
+
+
+def test_an_epoch_that_is_cut_short_counts(tiny_config: Config, tmp_path, by_step) -> None:
+    """`max_steps` inside an epoch, with accumulated micro-batches: its end is scored, and can be the best."""
+    options = {**EPOCHS, "method": "lora", "early_stopping_patience": 3, "max_steps": 5, "tasks": ["colours"]}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    for best, scores in ((5, {2: 1.0, 4: 2.0, 5: 3.0}), (4, {2: 1.0, 4: 3.0, 5: 2.0})):
+        by_step(scores)
+        run = tmp_path / str(best)
+        measure(tiny_config(**options, output_dir=str(run)))
+        assert learned_steps(run) == {"colours": best}
+
+
+def test_passes_that_were_taken_back_are_paid_for(tiny_config: Config, tmp_path, by_step) -> None:
+    costs = {}
+    for patience, scores in ((1, {2: 3.0, 4: 1.0}), (3, {2: 3.0, 4: 1.0, 6: 1.0, 8: 1.0})):
+        by_step(scores)
+        run = tmp_path / str(patience)
+        measure(tiny_config(**EPOCHS, method="lwf", early_stopping_patience=patience, output_dir=str(run)))
+        assert learned_steps(run) == {"colours": 2, "paints": 2}
+        learned = [line for line in told(run / "ledger.jsonl") if line["event"] == "stage_learned"]
+        costs[patience] = learned[-1]["method_cost"]["extra_forward_rows"]
+    assert costs == {1: 4 * 8, 3: 8 * 8}
+
+
+def test_a_run_that_stopped_early_is_extended_and_measured_elsewhere(
+    tiny_config: Config, tiny_stream: Path, tmp_path
+) -> None:
+    config = tiny_config(**EPOCHS, method="lora", early_stopping_patience=1, output_dir=str(tmp_path / "run"))
+    measure(config)
+    with Reporter() as reporter:
+        extend(tmp_path / "run", str(tiny_stream / "animals.jsonl"), None, reporter)
+    assert set(learned_steps(tmp_path / "run")) == {"colours", "paints", "animals"}
+    rows = [{**row, "id": f"other-{row['id']}"} for row in told(tiny_stream / "paints.jsonl") if row["split"] != "dev"]
+    other = tmp_path / "other.jsonl"  # without dev rows, which nothing is trained on
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Reporter() as reporter:
+        assert measure_again(tmp_path / "run", reporter, source=str(other))["tasks"] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told_of"),
+    [
+        ({"method": {"name": "lcia", "rest": 0.5}}, "the average (retained, rest) is paced for the full length"),
+        ({"method": "stable_ema"}, None),
+        ({"method": "lora", "eval_split": "dev"}, "by the rows that the scores are of"),
+    ],
+)
+def test_what_a_user_should_know_is_told(changes, told_of, tiny_config: Config) -> None:
+    found = about_early_stopping(tiny_config(early_stopping_patience=1, **changes))
+    assert (told_of is None) == (found == [])
+    assert told_of is None or told_of in found[0]
+    assert about_early_stopping(tiny_config(**changes)) == []
 
 
 def test_the_score_is_that_of_the_dev_rows(tiny_config: Config, tmp_path, monkeypatch) -> None:
@@ -167,7 +256,13 @@ def test_without_dev_rows_it_is_refused(tiny_config: Config, tiny_stream: Path, 
     rows = [row for row in told(tiny_stream / "colours.jsonl") if row["split"] != "dev"]
     data = tmp_path / "colours.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="'colours': early_stopping_patience needs dev rows"):
+    with pytest.raises(UserError, match="'colours': it has no dev rows, and early_stopping_patience"):
+        measure(tiny_config(stream=str(data), early_stopping_patience=1))
+    rows = [
+        {**row, "input": "much " * 60} if row["split"] == "dev" else row for row in told(tiny_stream / "colours.jsonl")
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="none of its dev rows fits max_length"):
         measure(tiny_config(stream=str(data), early_stopping_patience=1))
 
 

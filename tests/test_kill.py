@@ -18,7 +18,7 @@ from killing import run_until
 from lcia.run_folder import RunFolder
 from test_run import hashes, without_cost
 
-KILLS = int(os.environ.get("LCIA_KILLS", "6"))
+KILLS = int(os.environ.get("LCIA_KILLS", "6")) // 2  # of each scenario
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -35,8 +35,15 @@ def content(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def scenario(tiny_model: Path, tiny_stream: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+PLAIN = {"max_steps": 3, "per_device_train_batch_size": 4}
+# every task goes back from its second epoch to its first: nothing is ever right
+EARLY = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "early_stopping_patience": 1}
+
+
+@pytest.fixture(scope="module", params=[PLAIN, EARLY], ids=["plain", "early stopping"])
+def scenario(
+    request: pytest.FixtureRequest, tiny_model: Path, tiny_stream: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """A stream of two tasks, a third that extends it, checkpoints inside tasks; and how it ends undisturbed."""
     folder = tmp_path_factory.mktemp("kill")
     values = {
@@ -45,9 +52,8 @@ def scenario(tiny_model: Path, tiny_stream: Path, tmp_path_factory: pytest.TempP
         "model": str(tiny_model),
         "method": {"name": "lcia", "rule": "fisher"},
         "dtype": "float32",
-        "max_steps": 3,
+        **request.param,
         "save_steps": 1,
-        "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "lora_r": 4,
         "max_length": 256,

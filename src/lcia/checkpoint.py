@@ -39,11 +39,12 @@ class Checkpoint:
 
 
 def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of `task` below `state`, and what is wrong with others of this task.
+    """The newest checkpoint of `task` below `state`, or what is wrong with those that there are.
 
     A damaged checkpoint costs time, not correctness: the task then starts again.
     """
-    found: Checkpoint | None = None
+    whole: dict[int, Checkpoint] = {}
+    needed: set[int] = set()  # the best epochs, to which the task may go back
     damaged = []
     for mark in state.glob(f"checkpoint-*/{_MARK}"):
         facts = json.loads(mark.read_text(encoding="utf-8"))
@@ -52,9 +53,14 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
         wrong = _altered(mark.parent, facts)
         if wrong:
             damaged.append(f"{mark.parent}: {', '.join(wrong)} is missing or was altered; the checkpoint is not used")
-        elif found is None or facts["step"] > found.step:
-            found = Checkpoint(mark.parent, facts["step"], facts["seconds"], facts["log"])
-    return found, damaged
+            continue
+        whole[facts["step"]] = Checkpoint(mark.parent, facts["step"], facts["seconds"], facts["log"])
+        if facts.get("best") is not None:
+            needed.add(facts["best"])
+    lost = [] if damaged else [f"{state}/checkpoint-{step}: missing" for step in sorted(needed - whole.keys())]
+    if not whole or damaged or lost:
+        return None, [*damaged, *lost]
+    return whole[max(whole)], []
 
 
 def checkpoint_at(state: Path, step: int) -> Checkpoint:
@@ -64,14 +70,13 @@ def checkpoint_at(state: Path, step: int) -> Checkpoint:
         UserError: it is not whole.
     """
     folder = state / f"checkpoint-{step}"
-    if not (folder / _MARK).is_file():
-        raise UserError(f"{folder}: missing, and it holds the task's best weights; `lcia resume` learns the task again")
-    facts = json.loads((folder / _MARK).read_text(encoding="utf-8"))
-    wrong = _altered(folder, facts)
+    mark = folder / _MARK
+    facts: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+    wrong = _altered(folder, facts) if facts else [_MARK]
     if wrong:
         raise UserError(
-            f"{folder}: {', '.join(wrong)} is missing or was altered, and it holds the task's best weights; remove "
-            f"{state}, and `lcia resume` learns the task again"
+            f"{folder}: {', '.join(wrong)} is missing or was altered, and the task's best weights were there; "
+            "`lcia resume` learns the task again"
         )
     return Checkpoint(folder, facts["step"], facts["seconds"], facts["log"])
 
@@ -89,13 +94,14 @@ def mark_complete(
     folder: Path, task: str, step: int, seconds: float, log: list[dict[str, Any]], best: int | None = None
 ) -> None:
     """Everything is written: make it durable, say so, and remove the checkpoints before it but that of step `best`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _MARK)
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
     hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-    write_json(folder / _MARK, {"task": task, "step": step, "seconds": seconds, "log": log, "files": hashes})
+    facts = {"task": task, "step": step, "best": best, "seconds": seconds, "log": log, "files": hashes}
+    write_json(folder / _MARK, facts)
     sync_folder(folder.parent)
     for other in folder.parent.glob("checkpoint-*"):
         if other not in (folder, folder.with_name(f"checkpoint-{best}")):

@@ -67,7 +67,7 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         on_record=reporter.training_step,
         projector=pool.projector_parameters(placement.adapter),
         projector_learning_rate=config.projector_learning_rate,
-        early_stopping=_early_stopping(session, stage, placement),
+        early_stopping=_early_stopping(session, stage, placement, reporter),
     )
     if config.early_stopping_patience is not None:
         reporter.done(f"  {task.name}: weights of step {learned.step} kept, of {len(learned.log)}")
@@ -111,22 +111,28 @@ def _encode(session: Session, rows: Sequence[Row]) -> tuple[list[tuple[Row, Enco
     return fitting, len(encoded) - len(fitting)
 
 
-def _early_stopping(session: Session, stage: Sequence[Task], placement: Placement) -> EarlyStopping | None:
+def _early_stopping(
+    session: Session, stage: Sequence[Task], placement: Placement, reporter: Reporter
+) -> EarlyStopping | None:
     """The configuration's, on the dev rows of the stage's tasks, answered with the weights in training."""
     if session.config.early_stopping_patience is None:
         return None
     matches = [[Match(placement.group, 1.0, {})] * len(task.dev) for task in stage]
+    told: set[str] = set()
 
     def score() -> float:
         pool, reader = session.pool, session.backbone.reader
+        results = {}
         with tempfile.TemporaryDirectory() as fresh:  # weights that change every step: nothing to find again
             cache = AnswerCache(Path(fresh), "")
-            scores = [
-                evaluate_task(pool, reader, task, task.dev, match, cache, session.decoding).score
-                for task, match in zip(stage, matches, strict=True)
-            ]
+            for task, match in zip(stage, matches, strict=True):
+                results[task.name] = evaluate_task(pool, reader, task, task.dev, match, cache, session.decoding)
         pool.train_only(placement.adapter, placement.beneath)
-        return sum(scores) / len(scores)
+        for name, result in results.items():
+            if result.too_long and name not in told:
+                reporter.done(f"  {name}: {result.too_long} dev prompts do not fit max_length; counted as wrong")
+                told.add(name)
+        return sum(result.score for result in results.values()) / len(results)
 
     return EarlyStopping(score, session.config.early_stopping_patience)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from lcia.config import RunConfig
 from lcia.grouping import group_tasks
 from lcia.methods import build_method
+from lcia.methods.averaging import Averaging
 from lcia.stream import Stream
 
 
@@ -14,7 +15,7 @@ def remarks(config: RunConfig, stream: Stream) -> list[str]:
     """Sentences about a run that has not begun."""
     codebook = build_method(config.method_parts()).codebook
     groups = {} if codebook is None else group_tasks({task.name: task.instructions for task in stream}, codebook)
-    return [*about_learning_rate(config), *about_groups(groups)]
+    return [*about_learning_rate(config), *about_groups(groups), *about_early_stopping(config)]
 
 
 def about_learning_rate(config: RunConfig) -> list[str]:
@@ -27,6 +28,21 @@ def about_learning_rate(config: RunConfig) -> list[str]:
         for part in build_method(config.method_parts()).leaves()
         if (rate := part.published_learning_rate) not in (None, default)
     ]
+
+
+def about_early_stopping(config: RunConfig) -> list[str]:
+    """What counts on the length of a task that may end before, and dev rows that serve two ends."""
+    if config.early_stopping_patience is None:
+        return []
+    found = [
+        f"the average ({', '.join(counting)}) is paced for the full length: a task that stops early keeps more of the "
+        "weights before it"
+        for part in build_method(config.method_parts()).leaves()
+        if isinstance(part, Averaging) and (counting := part.counts_on_length())
+    ]
+    if config.eval_split == "dev":
+        found.append("early stopping chooses each task's epoch by the rows that the scores are of (eval_split: dev)")
+    return found
 
 
 def about_groups(groups: Mapping[str, str]) -> list[str]:

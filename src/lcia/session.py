@@ -231,8 +231,6 @@ def load_run_stream(config: RunConfig, reporter: Reporter | None = None) -> Stre
         dev = _draw(task.dev, config.max_eval_examples, stable_seed(0, task.name, "dev"))
         if config.eval_split == "dev" and not dev:
             raise UserError(f"task {task.name!r}: eval_split is dev, and its dev split is empty")
-        if config.early_stopping_patience is not None and not dev:
-            raise UserError(f"task {task.name!r}: early_stopping_patience needs dev rows, and there are none")
         train, dev, test = (tuple(with_system(row, config.system) for row in rows) for rows in (train, dev, test))
         tasks.append(Task(task.name, task.instructions, train, dev, test, task.scorer))
     drawn = Stream(stream.name, tuple(tasks), stream.notes)
@@ -400,8 +398,8 @@ def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config:
     """What only the model's reader knows: whether it takes images of every size, and whether rows fit.
 
     Raises:
-        UserError: an image's size is refused, a task has conversations that the model cannot learn, or none of its
-            rows fits.
+        UserError: an image's size is refused, a task has conversations that the model cannot learn, none of its rows
+            fits, or it has no dev row for early stopping.
     """
     reader = reader.with_padding(config.image_padding)
     _check_image_sizes(tasks, reader)
@@ -415,6 +413,11 @@ def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config:
         encoded = (reader.encode(row.with_demonstrations(0)) for row in task.train)
         if not any(layout.fits(len(ids.prompt), len(ids.answer), config) for ids in encoded):
             raise UserError(f"task {task.name!r}: no training row fits {layout.limit_text(config)}; raise it")
+        if config.early_stopping_patience is not None:
+            asked = (reader.encode_prompt(row.with_demonstrations(0)) for row in task.dev)
+            if not any(layout.fits(len(ids.prompt), config.max_new_tokens, config) for ids in asked):
+                problem = "none of its dev rows fits max_length" if task.dev else "it has no dev rows"
+                raise UserError(f"task {task.name!r}: {problem}, and early_stopping_patience goes by their score")
 
 
 def _check_image_sizes(tasks: Sequence[Task], reader: Reader) -> None:

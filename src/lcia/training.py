@@ -60,6 +60,7 @@ class _Moments(TrainerCallback):
         self.log = {record["step"]: record for record in (checkpoint.log if checkpoint else [])}
         self.seconds_before = checkpoint.seconds if checkpoint else 0.0
         self._steps_before = checkpoint.step if checkpoint else 0
+        self._scoring = 0.0  # seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
@@ -95,7 +96,7 @@ class _Moments(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = max(state.global_step - self._steps_before, 1)
-        seconds = time.monotonic() - self._started
+        seconds = time.monotonic() - self._started - self._scoring
         self._record(
             state,
             total_steps=state.max_steps,
@@ -105,14 +106,19 @@ class _Moments(TrainerCallback):
             control.should_save = False  # the finished task is kept elsewhere
         elif self._early_stopping is not None and state.epoch == int(state.epoch):
             control.should_save = False  # `on_epoch_end` saves, with the epoch's score
+        if control.should_save:
+            control.should_log = True  # the mean of losses that is running is in no checkpoint
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._early_stopping is None:
             return
+        began = time.monotonic()
         self._record(state, dev_score=self._early_stopping.score())
+        self._scoring += time.monotonic() - began
         control.should_training_stop |= self._early_stopping.is_over(self._dev_scores())
         # the end of the task as the best epoch needs no checkpoint, and one that is not gives way to that epoch's
         control.should_save = not control.should_training_stop and state.global_step < state.max_steps
+        control.should_log |= control.should_save
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -210,7 +216,7 @@ class TaskTrainer(Trainer):
             raise OSError(f"{where} could not be written ({error}): is the disk full?") from error
 
     def go_back(self, moments: _Moments, checkpoint: Checkpoint) -> None:
-        """To the end of an earlier epoch: weights, method, and the optimizer, which a method may read at the close."""
+        """To the end of an earlier epoch: weights, method, and the optimizer, which a method may read at its close."""
         self._load_optimizer_and_scheduler(str(checkpoint.folder))
         moments.load(checkpoint.folder)
 

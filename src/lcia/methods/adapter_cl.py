@@ -189,7 +189,8 @@ class AdapterCL(Method):
         write_json(folder / _FILE, self._cost)
 
     def load_progress(self, folder: Path) -> None:
-        self._cost = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        saved = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        self._cost = {key: max(value, saved[key]) for key, value in self._cost.items()}  # no pass is taken back
 
     def cost(self) -> dict[str, float]:
         """Rows are those of the loss on requests; routing's are in `routing_cost`."""

@@ -53,6 +53,11 @@ class Averaging(Method):
         self._average: DynamicEMA | None = None
         self._report: dict[str, Any] = {}
 
+    def counts_on_length(self) -> list[str]:
+        """The options that spread what they do over all steps of a task."""
+        by_rule = ["fisher"] if self.options["rule"] == "fisher" else []
+        return [*by_rule, *(name for name in ("retained", "rest") if self.options.get(name))]
+
     @classmethod
     def works_sharded(cls) -> bool:
         return True  # lcia.ema does: averages stay sharded, sums travel

@@ -5,7 +5,8 @@ Order of the moments, for each task:
     open_task → feed → begin → (per step: penalty → [backward] → see_grads → [clip] → shape_grads
     → [optimizer step] → after_step) → close_task
 
-A task may be interrupted: then it begins again with `begin` and goes on behind `load_progress`.
+A task may be interrupted: then it begins again with `begin` and goes on behind `load_progress`. With early stopping it
+may go back to an earlier epoch: another `load_progress`, before `close_task`.
 
 A method overrides the moments its equation needs and nothing else; the trainer names no method.
 """
@@ -165,7 +166,11 @@ class Method:
         """Write into a checkpoint inside a task what `begin` cannot make again; θ and the optimizer are there."""
 
     def load_progress(self, folder: Path) -> None:
-        """After `begin`, with the weights of the checkpoint in place: take back what `save_progress` wrote."""
+        """After `begin`, with the weights of the checkpoint in place: take back what `save_progress` wrote.
+
+        Of an interrupted task; or later in a task that goes back to its best epoch, where what was written takes the
+        place of what there is by then. Counted costs stay: those passes were made.
+        """
 
     def cost(self) -> dict[str, float]:
         """What the closed task cost beside training one adapter.

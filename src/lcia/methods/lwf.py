@@ -91,7 +91,8 @@ class LwF(Method):
         write_json(folder / _FILE, {"rows_taught": self._rows_taught})
 
     def load_progress(self, folder: Path) -> None:
-        self._rows_taught = json.loads((folder / _FILE).read_text(encoding="utf-8"))["rows_taught"]
+        saved = json.loads((folder / _FILE).read_text(encoding="utf-8"))["rows_taught"]
+        self._rows_taught = max(self._rows_taught, saved)  # passes that were made are not taken back
 
     def cost(self) -> dict[str, float]:
         return {"extra_forward_rows": self._rows_taught}

@@ -21,7 +21,7 @@ from lcia.planning.counting import FP32, Disk, Evaluations, count_disk, count_ev
 from lcia.planning.lengths import Lengths
 from lcia.planning.live import Bytes
 from lcia.planning.outline import depth_of, outline, place
-from lcia.planning.parts import BASE, BUCKETS, GATHERED, METHOD, PARTS, SHARDED
+from lcia.planning.parts import BASE, BUCKETS, GATHERED, METHOD, OPTIMIZER, PARTS, SHARDED
 from lcia.planning.rehearsal import Batches, Rehearsal, StageRehearsed, deeper, rehearse
 from lcia.planning.timing import Measured, measure_steps
 from lcia.progress import Reporter
@@ -233,10 +233,10 @@ def plan_run(
         training=training,
         gradients=FP32 * found.trained,
         closing=Moment.of(found.closing) if found.closing else None,
-        evaluating=Moment.of(found.evaluating),
+        evaluating=Moment.of(_evaluating(found, config)),
         train_batch=train_batch,
         eval_batch=eval_batch,
-        devices=_devices(gpus, found, method, weights),
+        devices=_devices(gpus, found, method, weights, config),
         init=None if init is None else init.plan,
         memory_gib=memory_gib,
         fits=None,
@@ -277,7 +277,7 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
         stage=_stages(found, own, gpus or 1)[0],
         train_batch=batch,
         training=Moment.of(found.training),
-        devices=_devices(gpus, found, method, weights),
+        devices=_devices(gpus, found, method, weights, config),
         exchanging=Moment.of({BASE: 2 * weights.all}),
     )
     return _Init(plan, found)
@@ -461,7 +461,9 @@ def _rehearsed(
     return deeper(first, second, (depth - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])), how
 
 
-def _devices(gpus: int | None, found: Rehearsal, method: Combined, weights: _Weights) -> Devices | None:
+def _devices(
+    gpus: int | None, found: Rehearsal, method: Combined, weights: _Weights, config: RunConfig
+) -> Devices | None:
     if gpus is None or not found.training:
         return None
     if gpus == 1:
@@ -469,12 +471,22 @@ def _devices(gpus: int | None, found: Rehearsal, method: Combined, weights: _Wei
     trained = FP32 * found.trained
     shared = {part: size // gpus if part in SHARDED else size for part, size in found.sharded.items()}
     gathered = {GATHERED: 2 * (weights.layer + trained // weights.depth) + weights.outside}
-    works_sharded = all(leaf.works_sharded() for leaf in method.leaves())
+    works_sharded = config.early_stopping_patience is None and all(leaf.works_sharded() for leaf in method.leaves())
     return Devices(
         gpus,
         Moment.of({**found.training, BUCKETS: trained}),
         Moment.of({**shared, **gathered}) if works_sharded else None,
     )
+
+
+def _evaluating(found: Rehearsal, config: RunConfig) -> dict[str, int]:
+    """With early stopping answers are given while a task is learned."""
+    if config.early_stopping_patience is None:
+        return dict(found.evaluating)
+    return {
+        **{part: found.training[part] for part in (OPTIMIZER, METHOD) if part in found.training},
+        **found.evaluating,
+    }
 
 
 def _disk(

@@ -115,7 +115,7 @@ def _fit(plan: Plan, memory_gib: float) -> str:
     if plan.devices is None or plan.devices.gpus == 1:
         return line
     if plan.devices.fsdp2 is None:
-        return f"{line} (DDP); {plan.method} cannot be trained under FSDP2"
+        return f"{line} (DDP); this run cannot be trained under FSDP2"
     return f"{line} (DDP); {verdict(max(plan.devices.fsdp2.peak, plan.evaluating.peak))} (FSDP2)"
 
 

@@ -72,7 +72,7 @@ def _stages(run: Run) -> list[_Stage]:
     start = 0
     for task in dict.fromkeys(step.task for step in run.steps):
         steps = tuple(step for step in run.steps if step.task == task)
-        end = start + max(steps[-1].step, steps[-1].total_steps or 0, 1)
+        end = start + max(steps[-1].step, 1)  # not what was planned: early stopping ends a task before
         stages.append(_Stage(task, steps, start, end))
         start = end
     return stages
