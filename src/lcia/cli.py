@@ -246,7 +246,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Other data: a file, a folder, a built-in stream.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
     all_rows: Annotated[bool, typer.Option("--all-rows", help="Every row, with the weights the run had then.")] = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Reuse no prediction made before.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Answer every cell anew; reuse nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a finished run again, or on other data; the run itself is not changed."""

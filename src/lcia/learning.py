@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import yaml
 
@@ -122,11 +120,11 @@ def _early_stopping(
 
     def score() -> float:
         pool, reader = session.pool, session.backbone.reader
-        results = {}
-        with tempfile.TemporaryDirectory() as fresh:  # weights that change every step: nothing to find again
-            cache = AnswerCache(Path(fresh), "")
-            for task, match in zip(stage, matches, strict=True):
-                results[task.name] = evaluate_task(pool, reader, task, task.dev, match, cache, session.decoding)
+        nowhere = AnswerCache(None, "")  # weights that change every step: nothing to find again
+        results = {
+            task.name: evaluate_task(pool, reader, task, task.dev, match, nowhere, session.decoding)
+            for task, match in zip(stage, matches, strict=True)
+        }
         pool.train_only(placement.adapter, placement.beneath)
         for name, result in results.items():
             if result.too_long and name not in told:

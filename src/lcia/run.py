@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -174,7 +173,7 @@ def measure_again(
         source: other data, a file, a folder or a built-in stream; None: the run's own tasks.
         tasks: of `source`, or of the run.
         all_rows: every row of the matrix, each with the weights the run had then; else the last one.
-        recompute: reuse no prediction that was made before.
+        recompute: answer every cell anew, those too whose weights did not change from one row to the next.
 
     Returns:
         {run, split, source, tasks, metrics, rows}, with all rows the matrix too; it is kept as evaluations/NAME.json,
@@ -208,20 +207,19 @@ def measure_again(
     name = split if source is None else f"{Path(source).stem}-{split}"
     target = folder.path / "evaluations" / name
     measured = []
-    with tempfile.TemporaryDirectory() as fresh:
-        cache = AnswerCache(Path(fresh) if recompute else cache_dir() / "answers", session.engine())
-        snapshots = folder.records("stage_learned")
-        for number, (row, _) in enumerate(plan):
-            last = number == len(plan) - 1
-            if not (last or all_rows):
-                continue
-            if not last:
-                session.go_to(snapshots[number - 1] if number else None)
-            else:
-                session.go_to(folder.snapshots()[-1] if folder.snapshots() else None)
-            seen = asked if last or row == 0 else [task for task in asked if task in session.stream.tasks[: row + 1]]
-            measured.append(measure_row(session, cache, row, seen, split, target, reporter, with_oracle=last))
-            reporter.row(row, measured[-1]["scores"])
+    cache = AnswerCache(None if recompute else cache_dir() / "answers", session.engine())
+    snapshots = folder.records("stage_learned")
+    for number, (row, _) in enumerate(plan):
+        last = number == len(plan) - 1
+        if not (last or all_rows):
+            continue
+        if not last:
+            session.go_to(snapshots[number - 1] if number else None)
+        else:
+            session.go_to(folder.snapshots()[-1] if folder.snapshots() else None)
+        seen = asked if last or row == 0 else [task for task in asked if task in session.stream.tasks[: row + 1]]
+        measured.append(measure_row(session, cache, row, seen, split, target, reporter, with_oracle=last))
+        reporter.row(row, measured[-1]["scores"])
     names = [task.name for task in asked]
     scores = measured[-1]["scores"]
     result: dict[str, Any] = {"run": str(path), "split": split, "source": source, "tasks": names, "rows": measured}
