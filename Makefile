@@ -17,7 +17,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About fifty minutes; nothing else may run meanwhile.
+# About an hour; nothing else may run meanwhile.
 bench: $(STAMP)
 	$(BIN)/python bench/all.py
 

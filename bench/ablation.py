@@ -1,11 +1,12 @@
-"""What each way of being fast adds to a training step: alone, and to all the others.
+"""What each way of being fast adds: to a training step and to answering, alone and to all the others.
 
-    python bench/ablation.py                # about ten minutes on 2 CPU cores
+    python bench/ablation.py                # about twenty minutes on 2 CPU cores
     python bench/ablation.py --json out.json
 
 Each is switched off by what stands there without it. `alone`: all off, against all off but this one. `together`: all
-on but this one, against all on. Steps as in bench/training.py, each variant in a process of its own, in turns, the
-fastest round counts.
+on but this one, against all on. Training steps are those of bench/training.py; answers are those of the untrained model
+to forty requests of each task. Each variant has a process of its own, in turns, and the fastest round counts. A variant
+whose losses are not the others', but for bfloat16's rounding, or whose replacement was never called, stops everything.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +32,14 @@ WAYS = {
     "attention": "eager attention on a CPU, where fused attention's backward pass is slow in bfloat16",
     "memory": "freed memory is kept for the next step",
 }
+ANSWERING = {
+    "prefix": WAYS["prefix"],
+    "logits": "logits of the last token, asked for by index",
+    "sorting": "batches of like length",
+}
+PROMPTS = 40  # a task
+NEW_TOKENS = 12
+CLOSE = 0.05  # the largest relative difference of a loss that is bfloat16's
 
 
 def whole_logits(self: Any, model: Any, batch: Mapping[str, Any]) -> Any:
@@ -51,61 +61,159 @@ def whole_logits(self: Any, model: Any, batch: Mapping[str, Any]) -> Any:
     return logits[:, :-1][kept].float(), targets[kept]
 
 
-def seconds_per_step(off: set[str], steps: int, model: str) -> float:
+@contextlib.contextmanager
+def without(name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """`replacement` in the place of the function of that name; it must be called."""
+    calls = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return replacement(*arguments, **options)
+
+    with patch(name, counted):
+        yield
+    if not calls:
+        raise SystemExit(f"{name} was replaced and never asked for: this switch switches nothing")
+
+
+def train(off: set[str], steps: int, model: str) -> dict[str, Any]:
     with contextlib.ExitStack() as changed, tempfile.TemporaryDirectory() as folder:
         config = config_of(Path(folder), steps, "bfloat16", model)
         if "prefix" in off:
-            changed.enter_context(patch("lcia.backbone.prefix.of_batch", lambda *_: None))
+            changed.enter_context(without("lcia.backbone.prefix.of_batch", lambda *_: None))
         if "logits" in off:
-            changed.enter_context(patch("lcia.backbone.layout.DecoderOnly.answer_logits", whole_logits))
+            changed.enter_context(without("lcia.backbone.layout.DecoderOnly.answer_logits", whole_logits))
         if "attention" in off:
             config.attn_implementation = "sdpa"
         if "memory" in off:
-            changed.enter_context(patch("lcia.machine.keep_freed_memory", lambda: False))
-        return float(by_lcia(config)["seconds"]) / steps
+            changed.enter_context(without("lcia.machine.keep_freed_memory", lambda: False))
+        found = by_lcia(config)
+    return {"seconds": found["seconds"] / len(found["losses"]), "losses": found["losses"]}
 
 
-def measure(steps: int, rounds: int, model: str) -> dict[str, Any]:
-    everything = frozenset(WAYS)
-    variants = {frozenset(), everything, *(everything - {way} for way in WAYS), *(frozenset({way}) for way in WAYS)}
+def answer(off: set[str], model: str) -> dict[str, Any]:
+    from transformers.generation.utils import GenerationMixin
+
+    from lcia.adapters import AdapterPool
+    from lcia.backbone import load_backbone
+    from lcia.evaluation import Decoding, generate_answers
+    from lcia.machine import keep_freed_memory
+    from lcia.stream import load_stream
+
+    keep_freed_memory()
+    backbone = load_backbone(model, "bfloat16")
+    pool = AdapterPool(backbone.model, {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, model, 0)
+    pool.add("one")
+    reader = backbone.reader
+    lists = [[reader.encode_prompt(row) for row in task.test[:PROMPTS]] for task in load_stream("assistant")]
+    decoding = Decoding(NEW_TOKENS, PROMPTS // 2, 1024)
+    generate = GenerationMixin.generate
+
+    def sliced(self: Any, *arguments: Any, logits_to_keep: Any, **options: Any) -> Any:
+        return generate(self, *arguments, **options, logits_to_keep=1)
+
+    with contextlib.ExitStack() as changed:
+        if "prefix" in off:
+            changed.enter_context(without("lcia.backbone.prefix.of_batch", lambda *_: None))
+        if "logits" in off:
+            changed.enter_context(without("transformers.generation.utils.GenerationMixin.generate", sliced))
+        if "sorting" in off:
+            changed.enter_context(patch("lcia.evaluation.sorted", lambda part, key=None: list(part), create=True))
+        began = time.monotonic()
+        answers = [one for asked in lists for one in generate_answers(pool, reader, ["one"] * PROMPTS, asked, decoding)]
+        seconds = time.monotonic() - began
+    return {"seconds": seconds, "answers": answers}
+
+
+def compare(ways: Mapping[str, str], run: Callable[[frozenset[str]], dict[str, Any]], rounds: int) -> dict[str, Any]:
+    """{seconds: {all, none}, alone, together: {way: ratio}, others: by variant, what else it gave}."""
+    everything = frozenset(ways)
+    variants = {frozenset(), everything, *(everything - {way} for way in ways), *(frozenset({way}) for way in ways)}
     fastest: dict[frozenset[str], float] = {}
+    gave: dict[frozenset[str], dict[str, Any]] = {}
     for _ in range(rounds):
         for off in sorted(variants, key=sorted):
             print(f"without {', '.join(sorted(off)) or 'nothing'}", file=sys.stderr, flush=True)
-            arguments = ["--off", ",".join(off), "--steps", str(steps), "--model", model]
+            gave[off] = run(off)
+            fastest[off] = min(gave[off].pop("seconds"), fastest.get(off, float("inf")))
+    none, whole = fastest[everything], fastest[frozenset()]
+    return {
+        "seconds": {"all": whole, "none": none},
+        "alone": {way: none / fastest[everything - {way}] for way in ways},
+        "together": {way: fastest[frozenset({way})] / whole for way in ways},
+        "gave": {"+".join(sorted(off)): values for off, values in gave.items()},
+    }
+
+
+def measure(steps: int, rounds: int, model: str) -> dict[str, Any]:
+    def apart(what: str) -> Callable[[frozenset[str]], dict[str, Any]]:
+        def run(off: frozenset[str]) -> dict[str, Any]:
+            arguments = [what, "--off", ",".join(off), "--steps", str(steps), "--model", model]
             environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(
                 [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True, env=environment
             )
-            fastest[off] = min(float(done.stdout.splitlines()[-1]), fastest.get(off, float("inf")))
-    none, whole = fastest[everything], fastest[frozenset()]
-    return {
-        "rows": ROWS,
-        "seconds": {"all": whole, "none": none},
-        "alone": {way: none / fastest[everything - {way}] for way in WAYS},
-        "together": {way: fastest[frozenset({way})] / whole for way in WAYS},
+            return dict(json.loads(done.stdout.splitlines()[-1]))
+
+        return run
+
+    training = compare(WAYS, apart("--train"), rounds)
+    expected = training["gave"][""]["losses"]
+    for off, values in training.pop("gave").items():
+        if any(abs(a - b) > CLOSE * abs(b) for a, b in zip(values["losses"], expected, strict=True)):
+            raise SystemExit(f"without {off} the losses are {values['losses']}, with it {expected}")
+    answering = compare(ANSWERING, apart("--answer"), rounds)
+    expected = answering["gave"][""]["answers"]
+    answering["differing"] = {
+        off: sum(a != b for a, b in zip(values["answers"], expected, strict=True))
+        for off, values in answering.pop("gave").items()
     }
+    answering["answers"] = len(expected)
+    return {"rows": ROWS, "training": training, "answering": answering}
 
 
-def table(found: dict[str, Any]) -> str:
+def _table(found: Mapping[str, Any], ways: Mapping[str, str], unit: str) -> list[str]:
     seconds = found["seconds"]
-    lines = ["| | alone | together |", "|---|---|---|"]
-    lines += [f"| {what} | {found['alone'][way]:.2f}x | {found['together'][way]:.2f}x |" for way, what in WAYS.items()]
-    lines.append(f"| all of them: {seconds['none']:.2f} s a step → {seconds['all']:.2f} s | | ")
-    lines[-1] += f"{seconds['none'] / seconds['all']:.2f}x |"
-    return "\n".join(lines)
+    lines = [f"| {unit} | alone | together |", "|---|---|---|"]
+    lines += [f"| {what} | {found['alone'][way]:.2f}x | {found['together'][way]:.2f}x |" for way, what in ways.items()]
+    lines.append(
+        f"| all of them: {seconds['none']:.2f} s → {seconds['all']:.2f} s | | {seconds['none'] / seconds['all']:.2f}x |"
+    )
+    return lines
+
+
+def table(found: Mapping[str, Any]) -> str:
+    answering = found["answering"]
+    asked = f"{answering['answers']} answers"
+    most = max(answering["differing"].values())
+    return "\n".join(
+        [
+            *_table(found["training"], WAYS, "a training step"),
+            "",
+            *_table(answering, ANSWERING, asked),
+            "",
+            f"At most {most} of {asked} differ between two variants: bfloat16 rounds sums in another order otherwise.",
+        ]
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=2, help="of a task")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--off", help=argparse.SUPPRESS)
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--off", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.off is not None:
-        print(seconds_per_step(set(filter(None, chosen.off.split(","))), chosen.steps, chosen.model))
+    off_ways = set(filter(None, chosen.off.split(",")))
+    if chosen.train:
+        print(json.dumps(train(off_ways, chosen.steps, chosen.model)))
+        sys.exit()
+    if chosen.answer:
+        print(json.dumps(answer(off_ways, chosen.model)))
         sys.exit()
     measured = measure(chosen.steps, chosen.rounds, chosen.model)
     print(table(measured))

@@ -1,9 +1,11 @@
 """`make bench`: everything that is measured, in one run on one machine, as one page.
 
-    python bench/all.py                 # about fifty minutes on 2 CPU cores; results/bench.md and results/bench.json
+    python bench/all.py                 # about an hour on 2 CPU cores; results/bench.md and results/bench.json
+    python bench/all.py --smoke         # the same with a tiny model and little of everything: does it run?
     python bench/all.py --out DIR
 
-The machine must have nothing else to do: what runs beside it is measured too.
+The machine must have nothing else to do: what runs beside it is measured too. What is measured is written at once, and
+the page when all is there. Exit code 1: losses or predictions are not the peers'.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ import ablation
 import growth
 import matrix
 import training
+from tiny import tiny_llama
 
 HERE = Path(__file__).resolve().parent
 STARTS = {
@@ -30,26 +36,67 @@ STARTS = {
     "lcia doctor": ["-m", "lcia", "doctor"],
     "import torch, transformers, peft": ["-c", "import torch, transformers, peft; transformers.AutoModelForCausalLM"],
 }
-STARTED = 5  # times; the fastest counts
+REQUEST, INSTRUCTION = "what is the capital of france", "Answer with the intent of the request using a short phrase"
+# What a user would write to ask a trained adapter one question.
+BY_HAND = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter)
+text = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": {REQUEST + chr(10) + INSTRUCTION!r}}}], tokenize=False, add_generation_prompt=True
+)
+batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+print(tokenizer.decode(model.generate(**batch, max_new_tokens=12)[0, batch["input_ids"].shape[1]:]))
+"""
 
 
-def start_up() -> dict[str, float]:
-    """Seconds of a process that does next to nothing."""
-    found = {}
-    for name, arguments in STARTS.items():
-        taken = []
-        for _ in range(STARTED):
-            began = time.monotonic()
-            subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
-            taken.append(time.monotonic() - began)
-        found[name] = min(taken)
-    return found
+def fastest(command: list[str], times: int) -> float:
+    """Seconds of a process, from its start to its end."""
+    taken = []
+    for _ in range(times):
+        began = time.monotonic()
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+        taken.append(time.monotonic() - began)
+    return min(taken)
+
+
+def start_up(run: Path, model: str, times: int) -> dict[str, float]:
+    """Seconds of processes that do next to nothing, and of one question to a trained run."""
+    from lcia.backbone import find_model
+
+    adapter = next(iter(sorted((run / "pool").glob("*/adapter_config.json")))).parent
+    commands = {
+        **STARTS,
+        "lcia generate": ["-m", "lcia", "generate", str(run), REQUEST, "--instruction", INSTRUCTION],
+        "one answer by hand": ["-c", BY_HAND, str(find_model(model)), str(adapter)],
+    }
+    return {name: fastest([sys.executable, *arguments], times) for name, arguments in commands.items()}
 
 
 def output_of(script: str, *arguments: str) -> str:
-    print(script, file=sys.stderr, flush=True)
+    print(script, *arguments, file=sys.stderr, flush=True)
     command = [sys.executable, str(HERE / script), *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout.strip()
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """What must be equal and is not."""
+    lines = [
+        f"{name}: a float32 loss differs by {one['difference']:.1e}"
+        for name, one in found["training"].items()
+        if one["difference"] > training.LARGEST_DIFFERENCE
+    ]
+    proof = found["proof"]["plain"]
+    if proof["differing"]:
+        lines.append(f"{proof['differing']} of {proof['predictions']} float32 predictions differ")
+    lines += [
+        f"{one['tasks']} tasks: {one['changed']} reused cells differ" for one in found["growth"] if one["changed"]
+    ]
+    return lines
 
 
 def headline(found: dict[str, Any]) -> list[str]:
@@ -57,9 +104,11 @@ def headline(found: dict[str, Any]) -> list[str]:
     ours, peers = found["training"]["lcia"], found["training"]
     lines = ["| what | against | lcia is faster by |", "|---|---|---|"]
     for name in training.CONTENDERS[1:]:
-        if peers[name]["difference"] <= training.LARGEST_DIFFERENCE:
-            memory = f"{ours['peak_gib']:.1f} against {peers[name]['peak_gib']:.1f} GiB"
-            lines.append(f"| a training step | {name} | {peers[name]['ratio']:.2f}x ({memory}) |")
+        memory = f"{ours['peak_gib']:.1f} against {peers[name]['peak_gib']:.1f} GiB"
+        same = peers[name]["difference"] <= training.LARGEST_DIFFERENCE
+        lines.append(
+            f"| a training step | {name} | {peers[name]['ratio']:.2f}x ({memory if same else 'OTHER LOSSES'}) |"
+        )
     lines.append(f"| the accuracy matrix of six tasks | the plain way | {found['matrix']['ratio']:.2f}x |")
     last = found["growth"][-1]
     lines.append(
@@ -67,8 +116,8 @@ def headline(found: dict[str, Any]) -> list[str]:
         f"{last['cells'] / last['answered']:.2f}x fewer |"
     )
     start = found["start_up"]
-    libraries = start["import torch, transformers, peft"]
-    lines.append(f"| `lcia --help` | importing the libraries | {libraries / start['lcia --help']:.1f}x |")
+    for mine, other in (("lcia --help", "import torch, transformers, peft"), ("lcia generate", "one answer by hand")):
+        lines.append(f"| `{mine}`, the whole process | {other} | {start[other] / start[mine]:.2f}x |")
     return lines
 
 
@@ -81,19 +130,22 @@ def page(found: dict[str, Any]) -> str:
             f"Command: `make bench`. {found['machine']}. {found['date']}; "
             + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
             + ".",
-            "All in one run, contenders in turns, the fastest of their rounds. What each optimisation adds alone is in",
+            "All in one run. Contenders in training, matrix and ablation take turns, and the faster of their rounds",
+            "counts. What each optimisation adds, and the test that keeps its numbers right:",
             "[bench/README.md](../bench/README.md).",
             "",
             *headline(found),
             "",
+            *(f"**Not equal: {line}.**" for line in failures(found)),
             "## A training step",
             "",
-            "SmolLM2-135M, LoRA r = 16 on all linear layers, 8 rows a step, bfloat16 base and float32 adapter, the",
-            "same batches. `eager`: with the attention that lcia takes on a CPU; else the library's default.",
+            f"{found['model']}, LoRA r = 16 on all linear layers, {training.ROWS} rows a step, bfloat16 base and",
+            "float32 adapter, the same batches of the six tasks of the assistant stream. `eager`: with the attention",
+            "that lcia takes on a CPU; else the library's default.",
             "",
             training.table(found["training"]),
             "",
-            "What each way of being fast adds to it: alone, and to all the others.",
+            "What each way of being fast adds: alone, and to all the others.",
             "",
             ablation.table(found["ablation"]),
             "",
@@ -109,13 +161,11 @@ def page(found: dict[str, Any]) -> str:
             "",
             "![lists of prompts answered against tasks](bench-growth.png)",
             "",
-            "## Averaging",
+            "## Averaging (`bench/ema.py`, one thread)",
             "",
-            "```",
-            found["averaging"],
-            "```",
+            found["averaging"].replace("\n## ", "\n### "),
             "",
-            "## Routing",
+            "## Routing (`bench/grouping.py`, one thread)",
             "",
             "```",
             found["routing"],
@@ -142,35 +192,51 @@ def _processor() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=12, help="of training, a contender and round")
-    parser.add_argument("--rows", type=int, default=40, help="of a cell of the matrix")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results")
-    chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-
+def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
+    """Everything, one part after the other; each is in bench.json as soon as it is there."""
     from lcia.results import library_versions
 
-    place = Path("runs/bench/matrix")
-    name = Path(chosen.model).name
-    measured: dict[str, Any] = {
+    found: dict[str, Any] = {
         "machine": machine(),
+        "model": Path(model).name,
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": library_versions(),
-        "start_up": start_up(),
-        "training": training.measure(chosen.steps, proof_steps=4, rounds=2, model=chosen.model),
-        "ablation": ablation.measure(chosen.steps, rounds=2, model=chosen.model),
-        "matrix": matrix.measure(
-            matrix.trained(place / f"{name}-{chosen.rows}", chosen.model, "bfloat16", steps=24, rows=chosen.rows)
-        ),
-        "proof": matrix.measure(matrix.trained(place / f"{name}-float32", chosen.model, "float32", steps=2, rows=6)),
-        "growth": growth.measure(),
-        "averaging": output_of("ema.py"),
-        "routing": output_of("grouping.py"),
+        "versions": {**library_versions(), "trl": version("trl")},
     }
-    growth.draw(measured["growth"], chosen.out / "bench-growth.png")
-    (chosen.out / "bench.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    (chosen.out / "bench.md").write_text(page(measured), encoding="utf-8")
-    print("\n".join(headline(measured)))
+
+    def keep(name: str, part: Callable[[], Any]) -> None:
+        began = time.monotonic()
+        found[name] = part()
+        print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr, flush=True)
+        (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    steps, rounds, rows = (1, 1, 2) if little else (4, 2, 40)
+    run, exact = place / "run", place / "exact"
+    keep("training", lambda: training.measure(steps, proof_steps=1, rounds=rounds, model=model))
+    matrix.trained(run, model, "bfloat16", steps=1 if little else 24, rows=rows)
+    keep("matrix", lambda: matrix.measure(run, rounds))
+    matrix.trained(exact, model, "float32", steps=1 if little else 2, rows=min(rows, 6))
+    keep("proof", lambda: matrix.measure(exact, rounds=1))
+    keep("growth", growth.measure)
+    keep("ablation", lambda: ablation.measure(1 if little else 2, rounds, model))
+    step = ["--step-s", str(found["training"]["lcia"]["seconds_per_step"])]
+    keep("averaging", lambda: output_of("ema.py", *step, *(["--ranks", "16", "--rounds", "1"] if little else [])))
+    keep("routing", lambda: output_of("grouping.py", *(["--instructions", "1000"] if little else [])))
+    keep("start_up", lambda: start_up(run, model, 1 if little else 3))
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path, help="results/; with --smoke nothing is kept")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        output = chosen.out or (here if chosen.smoke else HERE.parent / "results")
+        output.mkdir(parents=True, exist_ok=True)
+        taken = str(tiny_llama(here / "tiny")) if chosen.smoke else "smollm2-135m"
+        measured = measure(here, output, taken, chosen.smoke)
+        growth.draw(measured["growth"], output / "bench-growth.png")
+        (output / "bench.md").write_text(page(measured), encoding="utf-8")
+        print("\n".join([*headline(measured), *failures(measured)]))
+    sys.exit(1 if failures(measured) else 0)

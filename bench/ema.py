@@ -214,11 +214,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--no-model", action="store_true")
+    parser.add_argument("--step-s", type=float, help="seconds of a training step at r=16, instead of measuring steps")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}")
     steps = {rank: measure_steps(rank, arguments.rounds, device) for rank in arguments.ranks}
     if arguments.no_model:
+        return
+    if arguments.step_s is not None:
+        shares = ", ".join(f"{rule} {seconds / arguments.step_s:.2%}" for rule, seconds in steps[16].items())
+        print(f"\nOf a training step of {arguments.step_s:.2f} s, r=16: {shares}")
         return
     print(f"\n## Share of a training step, {arguments.batch} rows of {arguments.tokens} tokens\n")
     print("| LoRA | training step ms | " + " | ".join(FLOATS) + " |")

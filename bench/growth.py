@@ -21,7 +21,7 @@ from lcia.config import parse_config
 from lcia.progress import Reporter
 from lcia.run import measure_again, train
 from lcia.stream import Task, load_stream
-from tiny import tiny_llama
+from tiny import fresh_answers, tiny_llama
 
 SIZES = (2, 4, 8, 16)
 GROUPS = 5
@@ -60,9 +60,12 @@ def stream_of(tasks: int, folder: Path) -> Path:
 
 
 def measure(model: str | None = None) -> list[dict[str, int]]:
-    """For each size: tasks, groups, cells of the matrix, T(T+1)/2, lists answered, predictions not as recomputed."""
+    """For each size: tasks, groups, cells of the matrix, T(T+1)/2, lists answered, cells that are not as recomputed.
+
+    `answered` is what the run itself counted, with nothing kept from earlier runs. Recomputed is every cell, anew.
+    """
     found = []
-    with tempfile.TemporaryDirectory() as place, Reporter() as reporter:
+    with tempfile.TemporaryDirectory() as place, Reporter() as reporter, fresh_answers(Path(place) / "kept"):
         if model is None:
             model = str(tiny_llama(Path(place) / "tiny"))
         for tasks in SIZES:
@@ -85,14 +88,15 @@ def measure(model: str | None = None) -> list[dict[str, int]]:
                 != (run / "evaluations" / "test" / file.parent.name / file.name).read_text(encoding="utf-8")
                 for file in files
             )
-            assert len(files) == sum(len(row["scores"]) for row in again["rows"])
+            if len(files) != sum(row["evaluations_run"] for row in again["rows"]):
+                raise SystemExit(f"{tasks} tasks: not every cell was answered anew")
             found.append(
                 {
                     "tasks": tasks,
                     "groups": len(set(results["groups"].values())),
                     "cells": len(files),
                     "plain": tasks * (tasks + 1) // 2,
-                    "answered": sum(row["evaluations_run"] for row in again["rows"]),
+                    "answered": results["cost"]["evaluations_run"],
                     "changed": changed,
                 }
             )

@@ -1,8 +1,11 @@
-"""A random two-layer Llama with SmolLM2's tokenizer, for what does not depend on a model's weights or size."""
+"""What several of the measurements need: a tiny model, and no answers kept from before."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -11,7 +14,7 @@ from lcia.backbone import find_model
 
 
 def tiny_llama(folder: Path) -> Path:
-    """`folder`, with model and tokenizer in it."""
+    """`folder`, with a random two-layer Llama and SmolLM2's tokenizer: for what does not depend on weights or size."""
     tokenizer = AutoTokenizer.from_pretrained(find_model("smollm2-135m"))
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -29,3 +32,10 @@ def tiny_llama(folder: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextlib.contextmanager
+def fresh_answers(folder: Path) -> Iterator[None]:
+    """Runs keep their answers in `folder` and find none of earlier runs; converted models are found as ever."""
+    with patch("lcia.run.cache_dir", lambda: folder):
+        yield

@@ -1,13 +1,14 @@
 """`lcia train` against TRL's SFTTrainer and a plain transformers Trainer: the same steps, timed.
 
-    python bench/training.py                       # about fifteen minutes on 2 CPU cores
+    python bench/training.py                       # about twenty minutes on 2 CPU cores
     python bench/training.py --json out.json
-    python bench/training.py --contender trl --dtype float32 --steps 4      # one of them, in this process
+    python bench/training.py --contender trl --dtype float32 --steps 1      # one of them, in this process
 
-All train the same LoRA adapter, from the same weights, on the same batches of the assistant stream's first task, with
-the same AdamW; the base is bfloat16, the adapter float32. Each contender has a process of its own, several times in
-turns, and its fastest round counts: other programs make things slower, never faster. Time is from the first step's
-start to the last one's end; memory is the highest of the process.
+All train the same LoRA adapter, from the same weights, on the same batches of the assistant stream, task after task,
+with the same AdamW (a new one for each task); the base is bfloat16, the adapter float32. Each contender has a process
+of its own, several times in turns, and its fastest round counts: other programs make things slower, never faster. Time
+is from a task's first step to its last one's end, added up; memory is the highest of the process. What the lcia
+command tells the allocator (to keep freed memory) is a part of it; bench/ablation.py has what it adds.
 
 A contender counts only if its float32 losses are lcia's, step by step, to 1e-4.
 
@@ -30,7 +31,6 @@ from typing import Any
 
 CONTENDERS = ("lcia", "trainer", "trainer-eager", "trl", "trl-eager")
 LARGEST_DIFFERENCE = 1e-4  # of a loss
-TASK = "travel_intent"
 ROWS = 8  # a step
 RANK = 16
 SEED = 0
@@ -41,7 +41,6 @@ def config_of(folder: Path, steps: int, dtype: str, model: str) -> Any:
 
     values = {
         "stream": "assistant",
-        "tasks": [TASK],
         "model": model,
         "method": "lora",
         "output_dir": str(folder / "run"),
@@ -73,6 +72,8 @@ def by_lcia(config: Any) -> dict[str, Any]:
 
 def by_peer(config: Any, contender: str, folder: Path) -> dict[str, Any]:
     """The adapter that lcia would start from, loaded by PEFT, and trained by a trainer of others."""
+    import gc
+
     import torch
     from datasets import Dataset
     from peft import PeftModel
@@ -86,58 +87,68 @@ def by_peer(config: Any, contender: str, folder: Path) -> dict[str, Any]:
     pool = make_pool(config, backbone)
     pool.add("shared")
     pool.save("shared", folder / "adapter")
-    rows = [backbone.reader.encode(row) for row in load_run_stream(config)[0].train]
-    data = Dataset.from_list(
-        [
-            {"input_ids": [*row.prompt, *row.answer], "labels": [-100] * len(row.prompt) + list(row.answer)}
-            for row in rows
-        ]
-    )
+    data = {
+        task.name: Dataset.from_list(
+            [
+                {"input_ids": [*row.prompt, *row.answer], "labels": [-100] * len(row.prompt) + list(row.answer)}
+                for row in map(backbone.reader.encode, task.train)
+            ]
+        )
+        for task in load_run_stream(config)
+    }
     tokenizer = backbone.reader.tokenizer
     attention = {"attn_implementation": "eager"} if contender.endswith("-eager") else {}
     base = AutoModelForCausalLM.from_pretrained(
         find_model(config.model), dtype=getattr(torch, config.dtype), **attention
     )
     del backbone, pool
+    gc.collect()  # the peer's peak is its own
     model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
-    clock: dict[str, float] = {}
+    seconds, losses = 0.0, []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            clock["begin"] = time.monotonic()
+            self.began = time.monotonic()
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-            clock["end"] = time.monotonic()
+            nonlocal seconds
+            seconds += time.monotonic() - self.began
 
     arguments = {
         **config.training_arguments(),
         "output_dir": str(folder / "peer"),
-        "seed": stable_seed(config.seed, TASK, "order"),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
-    if contender.startswith("trl"):
-        from trl import SFTConfig, SFTTrainer
+    for task, rows in data.items():
+        arguments["seed"] = stable_seed(config.seed, task, "order")
+        if contender.startswith("trl"):
+            from trl import SFTConfig, SFTTrainer
 
-        settings = SFTConfig(**{**arguments, "gradient_checkpointing": False, "bf16": False, "max_length": None})
-        trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-    else:
-        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-        trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=data, data_collator=collator)
-    trainer.add_callback(Clock())
-    trainer.train()
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    return {"losses": losses, "seconds": clock["end"] - clock["begin"]}
+            settings = SFTConfig(**{**arguments, "gradient_checkpointing": False, "bf16": False, "max_length": None})
+            trainer = SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
+        else:
+            collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+            trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=rows, data_collator=collator)
+        trainer.add_callback(Clock())
+        trainer.train()
+        losses += [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return {"losses": losses, "seconds": seconds}
 
 
 def one(contender: str, steps: int, dtype: str, model: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(Path(folder), steps, dtype, model)
         found = by_lcia(config) if contender == "lcia" else by_peer(config, contender, Path(folder))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    return {**found, "examples_per_s": steps * ROWS / found["seconds"], "peak_gib": peak}
+    taken = len(found["losses"])
+    return {**found, "steps": taken, "examples_per_s": taken * ROWS / found["seconds"], "peak_gib": peak_gib()}
+
+
+def peak_gib() -> float:
+    """The highest resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def in_own_process(contender: str, steps: int, dtype: str, model: str) -> dict[str, Any]:
@@ -155,8 +166,24 @@ def in_own_process(contender: str, steps: int, dtype: str, model: str) -> dict[s
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def answer_tokens(config: Any) -> float:
+    """Of a training row of the stream, on average."""
+    from lcia.backbone import find_model, load_layout, load_reader
+    from lcia.session import load_run_stream
+
+    where = find_model(config.model)
+    reader = load_reader(where, config.model, load_layout(where, config.model))
+    lengths = [len(reader.encode(row).answer) for task in load_run_stream(config) for row in task.train]
+    return sum(lengths) / len(lengths)
+
+
 def measure(steps: int, proof_steps: int, rounds: int, model: str) -> dict[str, dict[str, Any]]:
-    """{contender: {examples_per_s, seconds_per_step, peak_gib, difference}}, the fastest of the rounds."""
+    """{contender: {examples_per_s, seconds_per_step, peak_gib, difference}}, the fastest of the rounds.
+
+    Args:
+        steps: a task, timed; proof_steps: a task, in float32.
+    """
+    tokens = answer_tokens(config_of(Path("unused"), 1, "bfloat16", model))
     proof = {name: in_own_process(name, proof_steps, "float32", model)["losses"] for name in CONTENDERS}
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
@@ -165,24 +192,26 @@ def measure(steps: int, proof_steps: int, rounds: int, model: str) -> dict[str, 
             if name not in found or result["seconds"] < found[name]["seconds"]:
                 found[name] = result
     for name, result in found.items():
-        if len(proof[name]) != proof_steps:
-            raise SystemExit(f"{name} logged {len(proof[name])} losses in {proof_steps} steps")
+        if len(proof[name]) != len(proof["lcia"]) or not proof["lcia"]:
+            raise SystemExit(f"{name} logged {len(proof[name])} losses, lcia {len(proof['lcia'])}")
         result["difference"] = max(abs(a - b) for a, b in zip(proof[name], proof["lcia"], strict=True))
-        result["seconds_per_step"] = result["seconds"] / steps
+        result["seconds_per_step"] = result["seconds"] / result["steps"]
+        result["answer_tokens_per_s"] = tokens * result["examples_per_s"]
         result["ratio"] = found["lcia"]["examples_per_s"] / result["examples_per_s"]
     return found
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| contender | lcia is faster by | examples/s | s/step | peak GiB | largest difference of a float32 loss |",
-        "|---|---|---|---|---|---|",
+        "| contender | lcia is faster by | examples/s | answer tokens/s | s/step | peak GiB "
+        "| largest difference of a float32 loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, one in found.items():
         counts = "" if one["difference"] <= LARGEST_DIFFERENCE else " (other losses: does not count)"
         lines.append(
-            f"| {name} | {one['ratio']:.2f}x | {one['examples_per_s']:.2f} | {one['seconds_per_step']:.2f} | "
-            f"{one['peak_gib']:.1f} | {one['difference']:.1e}{counts} |"
+            f"| {name} | {one['ratio']:.2f}x | {one['examples_per_s']:.2f} | {one['answer_tokens_per_s']:.0f} "
+            f"| {one['seconds_per_step']:.2f} | {one['peak_gib']:.1f} | {one['difference']:.1e}{counts} |"
         )
     return "\n".join(lines)
 
@@ -190,8 +219,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--proof-steps", type=int, default=4, help="in float32")
+    parser.add_argument("--steps", type=int, default=4, help="of a task")
+    parser.add_argument("--proof-steps", type=int, default=1, help="of a task, in float32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contender", choices=CONTENDERS, help="only this one, here; --steps and --dtype count")
