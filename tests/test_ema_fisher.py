@@ -75,6 +75,36 @@ def test_two_quadratic_tasks_meet_at_their_joint_minimum():
     assert torch.allclose(parameter, (a * m + b * n) / (a + b), atol=1e-5)
 
 
+def test_two_quadratic_tasks_trained_to_convergence_meet_at_their_joint_minimum():
+    """The same, with a training: from the start to the minimum, where a rest of 0.9 lets the average begin.
+
+    Examples lie at m ± the scatter in turn, and the step that makes of θ their mean so far is 1 / (curvature · t).
+    """
+    torch.manual_seed(0)
+    a, b = (torch.rand(2, *SHAPE).add(0.05) * 10).unbind()
+    m, n = torch.randn(2, *SHAPE).unbind()
+    steps = 1000
+    parameter = nn.Parameter(torch.zeros(SHAPE))
+    importance = None
+    for curvature, minimum in ((a, m), (b, n)):
+        ema = DynamicEMA(
+            {"w": parameter}, rule="fisher", total_steps=steps, importance=importance, rest=0.9, fisher_decay=0.97
+        )
+        for t in range(1, steps + 1):
+            example = minimum + (-1) ** t / curvature.sqrt()
+            (curvature / 2 * (parameter - example) ** 2).sum().backward()
+            with torch.no_grad():
+                parameter -= parameter.grad / (curvature * t)
+            ema.step()
+            parameter.grad = None
+        assert (parameter - minimum).abs().max() < 0.01, "converged"
+        importance = ema.importance
+        ema.copy_to_model()
+    joint = (a * m + b * n) / (a + b)
+    assert (parameter - joint).abs().max() < 0.01
+    assert (parameter - n).abs().max() > 1
+
+
 def test_two_quadratic_tasks_trained_by_sgd_meet_near_their_joint_minimum():
     """The same, with the way to the minimum: batches of 8 examples, 400 steps of SGD.
 

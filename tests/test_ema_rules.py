@@ -107,17 +107,18 @@ def test_fisher_equals_its_oracle(per):
     assert ema.fallback_fraction == 0
 
 
-def test_one_beta_per_layer_uses_the_norms_of_the_whole_layer():
+@pytest.mark.parametrize("rule", ["eq14", "eq45", "released"])
+def test_one_beta_per_layer_uses_the_norms_of_the_whole_layer(rule):
     shapes = {"a.weight": (4, 3), "b.weight": (2, 2), "a.bias": (4,), "c.lora_A.x.weight": (2, 5)}
     shapes |= {"c.lora_B.x.weight": (3, 2)}
     named = parameters(shapes)
     layers = {"a": ["a.weight", "a.bias"], "b": ["b.weight"], "c": ["c.lora_A.x.weight", "c.lora_B.x.weight"]}
-    ema = DynamicEMA(named, rule="eq45", per="layer")
+    ema = DynamicEMA(named, rule=rule, per="layer")
 
     def together(names: list[str], gradients: bool = False) -> list[float]:
         return [value for name in names for value in numbers(named[name].grad if gradients else named[name])]
 
-    oracles = {layer: Oracle("eq45", together(names)) for layer, names in layers.items()}
+    oracles = {layer: Oracle(rule, together(names)) for layer, names in layers.items()}
     for _ in walk(named, STEPS, seed=3):
         ema.step()
         for layer, names in layers.items():
@@ -177,9 +178,13 @@ def test_beta_lies_in_its_interval(seed, gradient_scale, rule):
     importance = {name: torch.rand(p.shape) * gradient_scale**2 for name, p in named.items()}
     ema = DynamicEMA(named, rule=rule, total_steps=4, importance=importance if rule == "fisher" else None)
     for _ in walk(named, 4, seed=seed, gradient_scale=gradient_scale):
+        before = {name: value.clone() for name, value in ema.averages.items()}
         ema.step()
         for beta in ema.betas.values():
             assert 0 <= beta <= 1 if rule == "fisher" else 0 < beta < 1
+        for name, average in ema.averages.items():  # of every element: its average lies between what it is one of
+            low, high = torch.minimum(before[name], named[name]), torch.maximum(before[name], named[name])
+            assert ((average >= low - 1e-6) & (average <= high + 1e-6)).all()
     if rule == "fisher":
         assert ema.fallback_fraction == 0
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +104,31 @@ def test_sft_with_lora_trains_checkpoints_and_resumes(tiny_model, tmp_path):
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert raw.keys() == saved.keys()
     assert any(not torch.equal(raw[key], saved[key]) for key in raw), "the checkpoint holds θ, the end θ*"
+
+
+def test_the_example_learns_two_data_sets_and_goes_on_where_it_was_interrupted(tiny_model, tmp_path, monkeypatch):
+    script = Path(__file__).resolve().parents[1] / "examples" / "trl_sft.py"
+    files = []
+    for name, answers in (("first", ("red", "blue")), ("second", ("cat", "dog"))):
+        files.append(tmp_path / f"{name}.jsonl")
+        asked = [{"role": "user", "content": f"{name} item"}]
+        rows = [{"messages": [*asked, {"role": "assistant", "content": answers[i % 2]}]} for i in range(16)]
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(folder: Path, *more: str) -> dict[str, dict[str, torch.Tensor]]:
+        options = ["--output", folder, "--r", 4, "--max-steps", 4, "--batch", 4, "--save-steps", 2, *more]
+        monkeypatch.setattr(sys, "argv", ["trl_sft.py", *map(str, [tiny_model, *files, *options])])
+        runpy.run_path(str(script), run_name="__main__")
+        names = ("adapter_model.safetensors", "importance.safetensors")
+        return {f"{number}/{name}": load_file(folder / number / name) for number in "12" for name in names}
+
+    whole = run(tmp_path / "whole")
+    assert not torch.equal(*(next(iter(whole[f"{number}/adapter_model.safetensors"].values())) for number in "12"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for lost in ("importance.safetensors", "adapter_model.safetensors"):
+        (tmp_path / "cut" / "2" / lost).unlink()
+    shutil.rmtree(tmp_path / "cut" / "2" / "checkpoints" / "checkpoint-4")
+    resumed = run(tmp_path / "cut", "--resume")
+    for file, tensors in whole.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, resumed[file][name]), (file, name)
