@@ -170,3 +170,21 @@ def test_sharding_that_accelerate_ignores_is_an_error(tiny_config: Config, tmp_p
     both = launch(["train", str(config)], 2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     assert [process.returncode for process in both] == [2, 2], both[0].stderr + both[1].stderr
     assert "does not shard on this kind of device" in both[0].stderr
+
+
+def test_the_callback_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    """DDP in a plain Trainer: accumulation, clipping that fisher looks behind, evaluations and checkpoints."""
+    script = [str(Path(__file__).with_name("callback_in_processes.py"))]
+    (one,) = launch([str(tmp_path / "one"), "4"], 1, script)
+    both = launch([str(tmp_path / "two"), "2"], 2, script)
+    assert one.returncode == 0, one.stderr
+    assert [process.returncode for process in both] == [0, 0], both[0].stderr + both[1].stderr
+    alone, together = (load_file(tmp_path / run / "found.safetensors") for run in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for key, value in alone.items():
+        assert torch.allclose(together[key], value, atol=1e-6), key
+    kept = [load_file(tmp_path / run / "checkpoint-3" / "ema.safetensors") for run in ("one", "two")]
+    averages = [key for key in kept[0] if key.startswith("average/")]
+    assert averages
+    assert all(torch.allclose(kept[0][key], kept[1][key], atol=1e-6) for key in averages)
+    assert any(not torch.equal(alone[f"average/{name}"], kept[0][f"average/{name}"]) for name in ("body.0.weight",))
