@@ -1,12 +1,13 @@
 """How often each averaging rule falls back to the constant, and what of the start point it retains.
 
-    python bench/ema_fallback.py FOLDER       # FOLDER: SmolLM2-135M or another causal language model
-    python bench/ema_fallback.py              # random networks only
+    python bench/ema_fallback.py                     # results/ema_fallback.md
+    python bench/ema_fallback.py --model FOLDER --out page.md
+    python bench/ema_fallback.py --networks-only
 
 Rules do not change a training, so all of them watch the same one: two tasks one after the other, of which the second is
 reported (`fisher` has its importance from the first). LoRA on all linear layers learns travel_intent, then
 banking_intent of the stream `assistant`; the networks are width → width → width with tanh and learn two random
-functions. The constant is 0.99: a rule that always falls back retains 0.99^steps. About 2 minutes on one core.
+functions. The constant is 0.99: a rule that always falls back retains 0.99^steps. About 4 minutes on one core.
 
     fell back   share of (tensor, step) pairs whose β was not in (0, 1); the first step of eq* and released counts.
                 Of eq12, share of elements.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -71,7 +73,7 @@ def network(width: int, seed: int = 0) -> tuple[nn.Module, list[Iterator[Callabl
     return net, [task(), task()]
 
 
-def lora(folder: Path, rank: int, rows: int, seed: int = 0) -> tuple[nn.Module, list[Iterator[Callable[[], Tensor]]]]:
+def lora(folder: str, rank: int, rows: int, seed: int = 0) -> tuple[nn.Module, list[Iterator[Callable[[], Tensor]]]]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,29 +97,65 @@ def lora(folder: Path, rank: int, rows: int, seed: int = 0) -> tuple[nn.Module, 
     return model, [task("travel_intent"), task("banking_intent")]
 
 
-def show(setting: str, watching: list[DynamicEMA]) -> None:
+def lines(setting: str, watching: list[DynamicEMA]) -> Iterator[str]:
     for ema in watching:
         retained = statistics.fmean(ema.retained_mass.values())
         beta = statistics.median(ema.betas.values())
-        print(f"| {setting} | {ema.rule} | {ema.fallback_fraction:.1%} | {retained:.3f} | {beta:.4f} |", flush=True)
+        yield f"| {setting} | {ema.rule} | {ema.fallback_fraction:.1%} | {retained:.3f} | {beta:.4f} |"
+
+
+def page(table: list[str], model: str) -> str:
+    from lcia.results import library_versions
+
+    versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
+    return "\n".join(
+        [
+            "# How often the published rules fall back",
+            "",
+            f"Command: `python bench/ema_fallback.py` ({datetime.now(UTC).date()}, {versions}).",
+            f"All rules watch the same training, one seed: LoRA on {model} (travel_intent, then banking_intent), and",
+            "random networks of one hidden layer. The second task is reported. The constant is 0.99.",
+            "",
+            "- fell back: share of (tensor, step) pairs whose β was not in (0, 1), the first step included; of eq12,",
+            "  share of elements",
+            "- retained: mean over tensors of Π β; a rule that always falls back has 0.99^steps",
+            "- β: median over tensors in the last step",
+            "",
+            *table,
+            "",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="folder of a causal language model")
+    parser.add_argument("--model", default="smollm2-135m", help="a name, hub id or folder of a causal language model")
+    parser.add_argument("--networks-only", action="store_true", help="no model; nothing is written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "ema_fallback.md")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each LoRA task")
     parser.add_argument("--network-steps", type=int, default=30, help="optimizer steps of each network task")
     parser.add_argument("--rows", type=int, default=4, help="rows of a LoRA step")
     arguments = parser.parse_args()
-    print("| trained | rule | fell back | retained | β |\n|---|---|---|---|---|")
+    table = ["| trained | rule | fell back | retained | β |", "|---|---|---|---|---|"]
+
+    def show(setting: str, watching: list[DynamicEMA]) -> None:
+        found = list(lines(setting, watching))
+        table.extend(found)
+        print("\n".join(found), flush=True)
+
     for width in WIDTHS:
         net, losses = network(width)
         steps = arguments.network_steps
         show(f"network of width {width}, {steps} steps", watch(net, losses, steps, examples=16))
-    for rank in RANKS if arguments.model is not None else ():
-        model, losses = lora(arguments.model, rank, arguments.rows)
+    if arguments.networks_only:
+        return
+    from lcia.backbone import find_model
+
+    for rank in RANKS:
+        model, losses = lora(str(find_model(arguments.model)), rank, arguments.rows)
         watching = watch(model, losses, arguments.steps, examples=arguments.rows)
-        show(f"{arguments.model.name}, LoRA r={rank}, {arguments.steps} steps", watching)
+        show(f"{Path(arguments.model).name}, LoRA r={rank}, {arguments.steps} steps", watching)
+    arguments.out.write_text(page(table, Path(arguments.model).name), encoding="utf-8")
 
 
 if __name__ == "__main__":
