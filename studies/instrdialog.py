@@ -174,8 +174,8 @@ def write_tables(found: dict[str, dict[str, Any]]) -> None:
         "Training rows left out because prompt or answer is too long (`max_length`, for the T5 `max_new_tokens` too): "
         f"SmolLM2 {left_out(found['smollm2-lora'])}, T5 {left_out(found['t5-lora'])}.",
         "",
-        "The last task asks for one of two labels, the four before it for sentences: a method that lets go answers all of",
-        "them with a label. That is nearly all that this stream of five measures, and why several methods have one AR.",
+        "The last task asks for one of two labels, the four before it for sentences: a method that lets go answers all",
+        "of them with a label. That is nearly all that this stream of five measures, and why several methods have one AR.",
         "",
         "| method | SmolLM2: AR | FWT | BWT | small T5: AR | FWT | BWT | published: AR | FWT | BWT |",
         "|---|---|---|---|---|---|---|---|---|---|",
