@@ -175,7 +175,7 @@ def write_tables(found: dict[str, dict[str, Any]]) -> None:
         f"SmolLM2 {left_out(found['smollm2-lora'])}, T5 {left_out(found['t5-lora'])}.",
         "",
         "The last task asks for one of two labels, the four before it for sentences: a method that lets go answers all",
-        "of them with a label. That is nearly all that this stream of five measures, and why several methods have one AR.",
+        "of them with a label. That is nearly all that five tasks measure, and why several methods have one AR.",
         "",
         "| method | SmolLM2: AR | FWT | BWT | small T5: AR | FWT | BWT | published: AR | FWT | BWT |",
         "|---|---|---|---|---|---|---|---|---|---|",
