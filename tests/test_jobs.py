@@ -623,7 +623,7 @@ def task_files(tmp_path: Path) -> Path:
 def test_the_number_of_processes_changes_no_result(lcia: Run, task_files, tiny_model, tmp_path, monkeypatch) -> None:
     """Two runs one after the other, and the same two at a time, of which one was interrupted before."""
     small = ["max_steps=10", "learning_rate=1e-2", "lora_r=2", "dtype=float32", f"tasks=[{', '.join(TASKS[:2])}]"]
-    small += ["max_length=400", "max_eval_examples=4", "max_new_tokens=2"]
+    small += ["max_length=400", "max_eval_examples=4", "max_new_tokens=2", "early_stopping_patience=null"]
     command = ["bench", "run", "instrdialog", "--method", "lora", "--method", "lcia", "--data", task_files]
     command += ["--model", tiny_model, "--threads", 1, "--json", *small]
     found = {}

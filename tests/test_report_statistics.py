@@ -107,6 +107,11 @@ def test_few_contributions_try_all_patterns(values: list[int]) -> None:
     assert sign_flip_test(contributions) == pytest.approx(flipped(contributions), abs=1e-12)
 
 
+def test_a_difference_of_nothing_is_the_weakest_there_is() -> None:
+    """The sum of these is 0 but for rounding: every pattern is as strong."""
+    assert sign_flip_test([-2 / 7, -3 / 7, 2 / 7, 3 / 7]) == 1.0
+
+
 def test_many_contributions_are_drawn_near_the_binomial_answer() -> None:
     """60 rows differ, 40 one way: P(|2 X − 60| ≥ 20) for X of 60 fair coins."""
     contributions = [1.0] * 40 + [-1.0] * 20 + [0.0] * 140

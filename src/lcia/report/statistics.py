@@ -60,9 +60,15 @@ def sign_flip_test(contributions: Sequence[float], *names: str) -> float:
     telling = np.array([c for c in contributions if c != 0.0])  # (E,) a zero has no sign
     if telling.size < 2:  # the only pattern and its mirror image are equally strong
         return 1.0
+    telling /= np.abs(telling).max()
+
+    def strength(signed: np.ndarray, axis: int) -> np.ndarray:
+        # rounded: sums of the same numbers in other signs are equal but for their last digits, and must tie
+        return np.round(np.abs(np.sum(signed, axis=axis)), 9)
+
     found = permutation_test(
         (telling,),
-        lambda signed, axis: np.abs(np.sum(signed, axis=axis)),
+        strength,
         permutation_type="samples",
         alternative="greater",
         n_resamples=SIGN_FLIPS,
