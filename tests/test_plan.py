@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ import lcia.learning
 import lcia.planning.plan
 import lcia.training
 import llava_7b
-from lcia import cli, run
+from lcia import run
 from lcia.config import load_config, parse_config
 from lcia.errors import UserError
 from lcia.grouping import Codebook
@@ -455,35 +454,19 @@ def test_several_gpus_share_rows_and_what_can_be_sharded(tiny_config: Config) ->
     assert any("not rehearsed" in note for note in four.notes)
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_the_command_writes_one_document_and_no_file(
-    command: Callable[..., tuple[int, str, str]], tiny_config: Config, tmp_path: Path
+    lcia: Callable[..., tuple[int, str, str]], tiny_config: Config, tmp_path: Path
 ) -> None:
     config = tiny_config(**{**SMALL, "method": "zero_shot"})
     path = tmp_path / "config.yaml"
     path.write_text(config.as_yaml())
-    code, out, _ = command("plan", path, "--json", "--memory", "1")
+    code, out, _ = lcia("plan", path, "--json", "--memory", "1")
     document = json.loads(out)
     assert code == 0
     assert document["fits"] is True
     assert document["measured"] is document["training_s"] is None
     assert not Path(config.output_dir).exists()
-    code, out, _ = command("plan", path, "--memory", "0.0001")
+    code, out, _ = lcia("plan", path, "--memory", "0.0001")
     assert code == 0
     assert "does not fit" in out
 
