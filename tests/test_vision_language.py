@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import interrupted
-from lcia import cli, run
+from lcia import run
 from lcia.adapters import AdapterPool, find_projector, language_targets
 from lcia.adapters.projector import PROJECTOR_FILE
 from lcia.answering import answer_requests
@@ -438,40 +437,36 @@ def test_eval_and_generate_on_the_command_line(
     squares: Path,
     tmp_path: Path,
     model: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    lcia: Callable[..., tuple[int, str, str]],
 ) -> None:
     """They answer the run's own rows as the run did."""
 
-    def lcia(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["lcia", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert not stop.value.code
-        return capsys.readouterr().out
+    def told(*arguments: object) -> str:
+        code, out, _ = lcia(*arguments)
+        assert code == 0
+        return out
 
     config = see_config(model, tasks=["colours", "tints"], max_steps=2)
     results = measure(config)
     folder = Path(config.output_dir)
-    found = json.loads(lcia("eval", folder, "--recompute", "--json"))
+    found = json.loads(told("eval", folder, "--recompute", "--json"))
     assert found["rows"][-1]["scores"] == dict(zip(results["tasks"], results["matrix"][-1], strict=True))
     again, before = (
         [json.loads(line) for line in (folder / place / "tints.jsonl").read_text().splitlines()]
         for place in ("evaluations/test/2", "predictions/2")
     )
     assert again == before
-    dev = json.loads(lcia("eval", folder, "--split", "dev", "--tasks", "colours", "--json"))
+    dev = json.loads(told("eval", folder, "--split", "dev", "--tasks", "colours", "--json"))
     assert list(dev["rows"][-1]["scores"]) == ["colours"]
 
     row = next(row for row in load_stream(str(squares))[1].test if row.images)
     record = next(line for line in before if line["id"] == row.id)
     text = row.messages[0][1].removesuffix(f"\n{row.instruction}")
     command = ["generate", folder, text, "--instruction", row.instruction, "--image", row.images[0]]
-    answer = json.loads(lcia(*command, "--json"))
+    answer = json.loads(told(*command, "--json"))
     assert (answer["answer"], answer["group"]) == (record["prediction"], record["group"])
     assert answer["similarity"] == pytest.approx(1.0)
-    assert "[group tints, similarity 1.000]" in " ".join(lcia(*command).split())
+    assert "[group tints, similarity 1.000]" in " ".join(told(*command).split())
 
 
 def test_no_similarity_is_told_where_none_is_computed(
