@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench study-demo study-ema-rules study-methods study-instrdialog study-vision study-kill clean
+.PHONY: demo test check bench study-demo study-ema-rules study-ema-watched study-methods study-instrdialog study-vision study-kill clean
 
 demo: $(STAMP)
 	$(BIN)/lcia demo
@@ -26,6 +26,9 @@ study-demo: $(STAMP)
 
 study-ema-rules: $(STAMP)
 	$(BIN)/python studies/ema_rules.py
+
+study-ema-watched: $(STAMP)
+	$(BIN)/python studies/ema_watched.py
 
 study-methods: $(STAMP)
 	$(BIN)/python studies/methods.py

@@ -218,8 +218,7 @@ def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
     keep("proof", lambda: matrix.measure(exact, rounds=1))
     keep("growth", growth.measure)
     keep("ablation", lambda: ablation.measure(1 if little else 2, rounds, model))
-    step = ["--step-s", str(found["training"]["lcia"]["seconds_per_step"])]
-    keep("averaging", lambda: output_of("ema.py", *step, *(["--ranks", "16", "--rounds", "1"] if little else [])))
+    keep("averaging", lambda: output_of("ema.py", *(["--ranks", "16", "--rounds", "1"] if little else [])))
     keep("routing", lambda: output_of("grouping.py", *(["--instructions", "1000"] if little else [])))
     keep("start_up", lambda: start_up(run, model, 1 if little else 3))
     return found

@@ -180,9 +180,11 @@ def measure_steps(rank: int, rounds: int, device: torch.device) -> dict[str, flo
 
 
 def training_step_s(rank: int, device: torch.device, batch: int, tokens: int, rounds: int) -> float:
-    """Forward, backward and AdamW of LoRA on a random model of SmolLM2-135M's shape."""
+    """Forward, backward and AdamW of LoRA on a random model of SmolLM2-135M's shape, with the numerics of `lcia`."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lcia.backbone import resolve_paths
 
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -194,7 +196,11 @@ def training_step_s(rank: int, device: torch.device, batch: int, tokens: int, ro
         tie_word_embeddings=True,
     )
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(LINEAR))
-    model = get_peft_model(LlamaForCausalLM(config), lora).to(device)
+    paths = resolve_paths("auto", "auto", device)
+    base = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, paths["dtype"]), attn_implementation=paths["attn_implementation"]
+    )
+    model = get_peft_model(base, lora).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     ids = torch.randint(VOCABULARY, (batch, tokens), device=device)
 
@@ -214,16 +220,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--no-model", action="store_true")
-    parser.add_argument("--step-s", type=float, help="seconds of a training step at r=16, instead of measuring steps")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}")
     steps = {rank: measure_steps(rank, arguments.rounds, device) for rank in arguments.ranks}
     if arguments.no_model:
-        return
-    if arguments.step_s is not None:
-        shares = ", ".join(f"{rule} {seconds / arguments.step_s:.2%}" for rule, seconds in steps[16].items())
-        print(f"\nOf a training step of {arguments.step_s:.2f} s, r=16: {shares}")
         return
     print(f"\n## Share of a training step, {arguments.batch} rows of {arguments.tokens} tokens\n")
     print("| LoRA | training step ms | " + " | ".join(FLOATS) + " |")

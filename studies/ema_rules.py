@@ -32,12 +32,12 @@ RULES: dict[str, dict[str, Any]] = {
     "fisher-1": {"rule": "fisher", "strength": 1.0},
     "fixed-retained-0.3": {"rule": "fixed", "retained": 0.3},
     "fisher-0.3": {"rule": "fisher", "strength": 0.3},
-    "fixed-0.99": {"rule": "fixed", "retained": None, "fallback": 0.99},
+    "fixed-0.99": {"rule": "fixed", "fallback": 0.99},
     "fixed-retained-0.3-rest-0.9": {"rule": "fixed", "retained": 0.3, "rest": 0.9},
     "fisher-0.3-rest-0.9": {"rule": "fisher", "strength": 0.3, "rest": 0.9},
     "fisher-0.1": {"rule": "fisher", "strength": 0.1},
-    "released": {"rule": "released", "retained": None, "fallback": 0.99},
-    "eq45": {"rule": "eq45", "retained": None, "fallback": 0.99},
+    "released": {"rule": "released", "fallback": 0.99},
+    "eq45": {"rule": "eq45", "fallback": 0.99},
 }
 FIRST = "fisher-1"  # its first task is gone on with by all others: fisher also keeps the importance the others ignore
 

@@ -150,6 +150,14 @@ def test_the_threshold_is_that_of_the_kind_where_the_user_names_none(
     assert bench_config("coin", method, options=options).method == expected
 
 
+def test_coast_of_coins_instructions_gets_their_threshold(tmp_path: Path) -> None:
+    own = {"name": "mine", "version": 1, "reconstruction": True, "coin": {"instructions": "Diverse"}}
+    write(tmp_path / "dataset.yaml", {**own, "tasks": [{"name": "GQA"}]})
+    config = bench_config("coast", "lcia", data=str(tmp_path), options={"configuration": "dataset"})
+    assert config.method == {"name": "lcia", "threshold": 0.3}
+    assert bench_config("coast", "lcia", data=str(tmp_path)).method == "lcia"  # rows of its own
+
+
 def test_a_method_or_stream_over_the_protocol_gets_its_threshold_too() -> None:
     stream = "stream={name: coin, instructions: 10Type}"
     config = bench_config("coin", "lora", overrides=["method=lcia", stream])
@@ -845,6 +853,7 @@ def test_prepare_says_what_is_missing_and_what_can_run(
         "found": 2,
         "empty": 1,
         "missing": "GQA/images/2.png",
+        "why": f"image 'GQA/images/2.png' does not exist in {root / 'cl_dataset'}",
     }
     assert (tasks["GQA"]["rows"], tasks["GQA"]["rows_without_image"]) == ({"train": 6, "test": 2}, 7)
     bad = tasks["Grounding"]["files"][1]
@@ -853,7 +862,8 @@ def test_prepare_says_what_is_missing_and_what_can_run(
     readable = " ".join(lcia("bench", "prepare", "coin", "--data", root)[1].split())
     for words in (
         "2 of 8 tasks ready: TextVQA, VQAv2; partly: GQA, Grounding",
-        "images GQA/images: 2 of 4 there, 1 missing, such as GQA/images/2.png, 1 of no bytes: get them again",
+        "images GQA/images: 2 of 4 there, 1 missing: image 'GQA/images/2.png' does not exist in",
+        "cl_dataset, 1 of no bytes: get them again",
         "images OCR-VQA/images: 0 of 4 there",
         "images are opened when a run begins: one that is cut off is found then",
     ):
@@ -864,6 +874,21 @@ def test_prepare_says_what_is_missing_and_what_can_run(
         source = {"name": "coin", "path": str(root)}
         task = load_run_stream(tiny_config(stream=source, tasks=[name], skip_bad_rows=partly))[0]
         assert {"train": len(task.train), "test": len(task.test)} == tasks[name]["rows"]
+
+
+def test_prepare_counts_as_missing_what_a_run_would_not_read(lcia: Run, tmp_path: Path) -> None:
+    """Such as a link out of the data's folder: the layout of the hub's cache."""
+    root = build(tmp_path)
+    image = root / "cl_dataset/GQA/images/2.png"
+    image.rename(tmp_path / "blob")
+    image.symlink_to(tmp_path / "blob")
+    code, out, err = lcia("bench", "prepare", "coin", "--data", root, "--json")
+    assert code == 0, err
+    (images,) = tasks_of(json.loads(out))["GQA"]["images"]
+    assert images["missing"] == "GQA/images/2.png"
+    assert "leaves its folder" in images["why"]
+    with pytest.raises(UserError, match=r"2\.png' leaves its folder"):
+        load(root)
 
 
 def test_prepare_names_a_missing_annotation_file_for_released_scoring(lcia: Run, tmp_path: Path) -> None:

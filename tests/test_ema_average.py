@@ -295,6 +295,7 @@ def test_bad_arguments_are_refused_with_the_nearest_name():
         ({"rule": "fisher", "total_steps": 5, "fisher_source": "adam"}, "Did you mean 'adamw'"),
         ({"rule": "fisher", "total_steps": 5, "fisher_source": "adamw"}, "give optimizer="),
         ({"rule": "fisher", "total_steps": 5, "strength": 0}, "strength is 0"),
+        ({"rule": "fisher", "total_steps": 5, "forgetting": -0.1}, "forgetting is -0.1, it must be a number from 0"),
         ({"rule": "eq45", "per": "element"}, "no β per element"),
         ({"rule": "eq45", "per": "layers"}, "Did you mean 'layer'"),
         ({"fallback": 1.5}, "fallback is 1.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -434,7 +435,21 @@ def test_deepspeed_is_refused():
 
 
 def test_per_example_gradients_of_a_scaled_loss_are_refused():
-    args = SimpleNamespace(deepspeed=None, fp16=True)
+    args, scaled = SimpleNamespace(deepspeed=None), SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
     callback = DynamicEMACallback("fisher", fisher_source="per_example")
     with pytest.raises(ValueError, match="use bf16"):
-        callback.on_train_begin(args, None, None, model=Net(), optimizer=None)
+        callback.on_train_begin(args, None, None, model=Net(), optimizer=scaled)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_evaluation_that_sees_the_raw_weights_says_so(tmp_path, first):
+    """One that is asked for behind the callback comes too late for it to put the average in its place."""
+
+    class Asking(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_evaluate = state.global_step == 2
+
+    callbacks = [Asking(), DynamicEMACallback(rule="fixed", fallback=0.5)]
+    run = trainer(tmp_path, *(callbacks if first else reversed(callbacks)), eval_dataset=Rows())
+    with contextlib.nullcontext() if first else pytest.warns(UserWarning, match="this evaluation saw the raw weights"):
+        run.train()

@@ -252,6 +252,24 @@ def test_per_example_squares_the_parts_and_running_squares_the_sum():
     assert torch.allclose(found["running"], running, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_step_that_a_scaler_skips_leaves_no_trace_in_f_new(seen, bad):
+    """All gradients of it, the finite ones too: their tensors took no step either."""
+    parameters = {"w": nn.Parameter(torch.zeros(2)), "v": nn.Parameter(torch.zeros(3))}
+    ema = DynamicEMA(parameters, rule="fisher", total_steps=2)
+    if seen:
+        parameters["w"].grad, parameters["v"].grad = torch.tensor([bad, 1e4]), torch.full((3,), 1e4)
+        ema.observe()
+        ema.discard()
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    ema.observe()
+    ema.step()
+    assert ema.importance["w"].tolist() == pytest.approx([4.0, 4.0])
+    assert ema.importance["v"].tolist() == pytest.approx([4.0, 4.0, 4.0])
+
+
 def test_per_example_forgets_the_parts_of_a_discarded_step():
     parameter = nn.Parameter(torch.zeros(2))
     ema = DynamicEMA({"w": parameter}, rule="fisher", total_steps=2, fisher_source="per_example")

@@ -141,9 +141,9 @@ def test_training_and_every_way_of_asking_pad(
     shown: set[tuple[int, int]] = set()
     original = ImageReader._shown
 
-    def noted(self: ImageReader, texts: list[str], images: list[list[Image.Image]]) -> Any:
+    def noted(self: ImageReader, texts: list[str], images: list[list[Image.Image]], *rest: Any, **options: Any) -> Any:
         shown.update(image.size for row in images for image in row)
-        return original(self, texts, images)
+        return original(self, texts, images, *rest, **options)
 
     monkeypatch.setattr(ImageReader, "_shown", noted)
     config = see_config(image_padding="square", max_steps=2, per_device_train_batch_size=12)
@@ -271,9 +271,9 @@ def test_a_size_is_tried_once(models: dict[str, Path], monkeypatch: pytest.Monke
     tried: list[tuple[int, int]] = []
     original = ImageReader._shown
 
-    def noted(self: ImageReader, texts: list[str], images: list[list[Image.Image]]) -> Any:
+    def noted(self: ImageReader, texts: list[str], images: list[list[Image.Image]], *rest: Any, **options: Any) -> Any:
         tried.append(images[0][0].size)
-        return original(self, texts, images)
+        return original(self, texts, images, *rest, **options)
 
     monkeypatch.setattr(ImageReader, "_shown", noted)
     reader = reader_of(models["llava"], "square")

@@ -460,6 +460,27 @@ def test_an_unknown_option_is_refused(documented, method) -> None:
 # --- what some methods share
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lcia", {"retained": 0.3, "fallback": 0.99}, "retained and fallback are two ways"),
+        ("stable_ema", {"retained": 0.3, "beta": 0.99}, "retained and beta are two ways"),
+        ("llaca", {"strength": 0.3}, "strength: only the rule fisher has it; this rule is fixed"),
+        ("llaca", {"rule": "eq45", "forgetting": 1.0}, "forgetting: only the rule fisher"),
+    ],
+)
+def test_an_option_of_averaging_that_would_do_nothing_is_refused(method, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        build_method([(method, options)])
+
+
+def test_a_fallback_replaces_the_default_of_retained() -> None:
+    """`{name: lcia, rule: eq45, fallback: 0.99}` is the paper's rule with the paper's constant."""
+    average = build_method([("lcia", {"rule": "eq45", "fallback": 0.99})]).leaves()[1]
+    assert average.options == {"rule": "eq45", "rest": 0.0, "fallback": 0.99}
+    assert build_method([("lcia", {})]).leaves()[1].options["retained"] == 0.3
+
+
 def test_the_average_is_what_the_adapter_keeps(tiny_config, tmp_path) -> None:
     """retained = m: the adapter is m θ_start + (1 − m) (a mean of the path); with m near 1 it hardly moves."""
     distance = {}
@@ -490,7 +511,7 @@ def test_two_averages_are_refused() -> None:
 
 
 def test_fisher_importance_is_carried_between_tasks(tiny_config) -> None:
-    config = tiny_config(method={"name": "lcia", "rule": "fisher", "retained": None})
+    config = tiny_config(method={"name": "lcia", "rule": "fisher"})
     results = measure(config)
     assert results["ema"]["fallback_fraction"] == 0.0
     assert 0.0 < results["ema"]["retained_mass"]["paints"] < 1.0

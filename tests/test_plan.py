@@ -386,7 +386,7 @@ def test_cells_of_other_methods_are_those_of_their_runs(
 @pytest.mark.parametrize(
     ("maker", "sizes"), [(tiny_llava, [(28, 28)]), (tiny_qwen, [(28, 28), (32, 28), (28, 90), (100, 16)])]
 )
-def test_rows_with_images_are_counted_as_they_are_encoded(
+def test_tokens_of_rows_with_images_are_the_processors_own(
     maker: Callable[[Path], Path], sizes: list[tuple[int, int]], tmp_path: Path, tiny_config: Config
 ) -> None:
     (tmp_path / "rows").mkdir()
@@ -401,12 +401,17 @@ def test_rows_with_images_are_counted_as_they_are_encoded(
     folder = str(maker(tmp_path))
     for padding in (None, "square"):
         reader = outline(tiny_config(model=folder, image_padding=padding), "cpu").reader
-        lengths = Lengths(reader, padding)
+        reader = reader.with_padding(padding)
+        lengths = Lengths(reader)
         assert len({lengths(row).prompt for row in rows}) > 2
         for row in rows:
             encoded = reader.encode(row)
             counted = lengths(row)
             assert (counted.prompt, counted.answer) == (len(encoded.prompt), len(encoded.answer))
+            if row.images:
+                own = reader._process([encoded.text], [row.images])["input_ids"][0].tolist()
+                assert list(encoded.prompt) == own
+        assert reader._alike == {1: True, 2: True}
 
 
 # --- LLaVA-1.5-7B, of which only the configuration is needed

@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from lcia.adapters.experts import LoraExperts
 from lcia.backbone import answer_loss, collate, prefix
 from lcia.backbone.chat import Encoded
 from lcia.backbone.layout import DECODER_ONLY
@@ -129,6 +130,11 @@ def test_nothing_is_shared_where_it_would_change_something_or_save_nothing() -> 
     random = model_of(LlamaConfig(**SHAPE, attention_dropout=0.1))
     assert prefix.of_batch(random.train(), batch) is None
     assert prefix.of_batch(random.eval(), batch) is not None
+    # of the adapters, wherever they stand: PEFT's, and the experts of moelora
+    for dropping in (torch.nn.Dropout(0.1), LoraExperts(4, 4, experts=2, rank=1, scale=1.0, dropout=0.1)):
+        adapted = model_of(CONFIGS["llama"])
+        adapted.adapter = dropping
+        assert prefix.of_batch(adapted.train(), batch) is None
     plain = model_of(CONFIGS["llama"])
     assert prefix.of_batch(plain, collate(ROWS[:1], pad_id=0)) is None
     assert prefix.of_batch(plain, collate([Encoded((5, *row.prompt), row.answer) for row in ROWS], 0)) is not None

@@ -116,7 +116,7 @@ def _open(init: RunFolder, config: RunConfig, backbone: Backbone) -> Session:
     stream = current_stream(init, own)
     init.tidy([task.name for task in stream])
     if not init.records("run_began"):
-        begin(init, own, stream, backbone.fingerprint)
+        begin(init, own, stream, backbone)
     return open_session(init, own, stream, backbone)
 
 

@@ -130,7 +130,10 @@ def library_versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """In bfloat16 the order of a sum decides its last digits: another device or thread count is another run."""
-    return {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        return {"device": "cuda", "kernels": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
+    kernels = f"{torch.backends.cpu.get_cpu_capability()}{', bf16' if torch.cpu._is_avx512_bf16_supported() else ''}"
+    return {"device": "cpu", "kernels": kernels, "threads": torch.get_num_threads()}
 
 
 def peak_memory_mib() -> float:

@@ -64,7 +64,7 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     with folder.lock():
         folder.require_free()  # another process may have begun here while the model was loading
         on_main(write_text)(folder.config, config.as_yaml())
-        begin(folder, config, stream, backbone.fingerprint)
+        begin(folder, config, stream, backbone)
         backbone = initialise(folder, config, backbone, reporter)
         return finish(open_session(folder, config, stream, backbone), reporter)
 
@@ -79,7 +79,7 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         if not folder.records("run_began"):  # interrupted before its first line
             folder.cut_unconfirmed()
-            begin(folder, config, stream, backbone.fingerprint)
+            begin(folder, config, stream, backbone)
         backbone = initialise(folder, config, backbone, reporter)
         return finish(open_session(folder, config, stream, backbone), reporter)
 

@@ -177,6 +177,11 @@ class RunFolder:
         known = self.records("run_began", "init_learned")
         return str(known[-1]["base_sha256"]) if known else None
 
+    def reader_sha256(self) -> str | None:
+        """Of what made tokens and pixels when the run began; None before that, or of an older run."""
+        known = self.records("run_began")
+        return known[-1].get("reader_sha256") if known else None
+
     def init_model(self) -> Path | None:
         """The model that the Init stage left; None where there is no such stage, or it is not finished.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import lcia.adapters
 import lcia.backbone
 import lcia.evaluation
 from lcia.adapters import Pool, find_projector, language_targets
@@ -40,9 +41,13 @@ from lcia.stream import Row, Stream, Task, load_stream
 @cache
 def _decoding_code() -> str:
     """Hash of the sources that make a prediction of weights and prompt: an answer kept by others is not reused."""
-    package = Path(lcia.backbone.__file__).parent
-    files = [*sorted(package.glob("*.py")), Path(lcia.evaluation.__file__)]
+    packages = [Path(str(package.__file__)).parent for package in (lcia.backbone, lcia.adapters)]
+    files = [*(file for package in packages for file in sorted(package.rglob("*.py"))), Path(lcia.evaluation.__file__)]
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
+def _sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass
@@ -64,19 +69,19 @@ class Session:
 
     def engine(self) -> str:
         """What beside the weights' and the prompts' content can change a prediction, down to its last digits."""
-        model, tokenizer = self.backbone.model, self.backbone.tokenizer
+        model = self.backbone.model
         facts = {
             "base": self.backbone.fingerprint,
             "config": {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"},
             "attention": model.config._attn_implementation,
             "generation": model.generation_config.to_dict(),
-            "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab()),
+            "reader": self.backbone.reader.settings(),
             "lora_alpha": self.config.lora_alpha,
             "code": _decoding_code(),
             "versions": library_versions(),
             "machine": machine(),
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return _sha256(facts)
 
     def fitted(self, stream: Stream) -> Stream:
         """The stream with prompts that fit the model, where they have demonstrations to do without."""
@@ -127,6 +132,12 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
             "belong to the old ones"
         )
     backbone = _as_configured(backbone, config)
+    if folder.reader_sha256() not in (None, _sha256(backbone.reader.settings())):
+        raise UserError(
+            f"{folder.path}: the tokenizer or image processor of model {backbone.name} is not the one the run began "
+            "with, or another library scales its images now (torchvision was installed or removed); its adapters "
+            "learned from the old one's tokens and pixels"
+        )
     session = Session(
         folder, config, stream, backbone, make_pool(config, backbone), build_method(config.method_parts())
     )
@@ -144,14 +155,15 @@ def _as_configured(backbone: Backbone, config: RunConfig) -> Backbone:
     return replace(backbone, reader=backbone.reader.with_padding(config.image_padding))
 
 
-def begin(folder: RunFolder, config: RunConfig, stream: Stream, base_sha256: str) -> None:
+def begin(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbone) -> None:
     """The ledger's first line: on what, and with what, everything that follows was made."""
     folder.confirm(
         "run_began",
         config=config.model_dump(),
         versions=library_versions(),
         machine=machine(),
-        base_sha256=base_sha256,
+        base_sha256=backbone.fingerprint,
+        reader_sha256=_sha256(_as_configured(backbone, config).reader.settings()),
         data_sha256={task.name: rows_sha256(task) for task in stream},
     )
 

@@ -242,6 +242,7 @@ class TaskTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self.args.max_grad_norm <= 0:  # then nothing was clipped and `_clip_grad_norm` not called
+            self.accelerator.unscale_gradients()
             self._see_grads()
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 

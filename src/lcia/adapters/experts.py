@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import dropout, linear, softmax
+from torch.nn.functional import linear, softmax
 
 
 class LoraExperts(torch.nn.Module):
@@ -25,7 +25,8 @@ class LoraExperts(torch.nn.Module):
 
     def __init__(self, inputs: int, outputs: int, experts: int, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
-        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.rank, self.scale = rank, scale
+        self.dropout = torch.nn.Dropout(dropout)  # a module: lcia.backbone.prefix looks for those
         self.router = torch.nn.Parameter(torch.empty(experts, inputs))
         self.A = torch.nn.Parameter(torch.empty(experts * rank, inputs))
         self.B = torch.nn.Parameter(torch.zeros(outputs, experts * rank))
@@ -36,6 +37,6 @@ class LoraExperts(torch.nn.Module):
         """`output` = W₀x, (..., out), and `x`, (..., in), of the base's dtype; the sum is in that dtype again."""
         x = x.to(self.A.dtype)
         share = softmax(linear(x, self.router), dim=-1)  # (..., E)
-        inner = linear(dropout(x, self.dropout, self.training), self.A)  # (..., E r)
+        inner = linear(self.dropout(x), self.A)  # (..., E r)
         inner = inner * share.repeat_interleave(self.rank, dim=-1)
         return (output + self.scale * linear(inner, self.B)).to(output.dtype)

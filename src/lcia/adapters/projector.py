@@ -61,7 +61,7 @@ class Projectors:
         """A copy that starts as the base's projector."""
         if not self._attached:
             self._module.add_module(CHILD, torch.nn.ModuleDict())
-            self._hook = self._module.register_forward_hook(self._instead)
+            self._hook = self._module.register_forward_hook(self._instead, with_kwargs=True)
             self._attached = True
         device = next(self._module.parameters()).device
         made = copy.deepcopy(self._untrained).to(device).requires_grad_(False)
@@ -107,9 +107,16 @@ class Projectors:
         }
         save_file(state, path, metadata={"format": "pt"})
 
-    def _instead(self, module: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    def _instead(
+        self, module: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor | None:
         if self.active is None:
             return None  # the output stays as it is
         own = module.get_submodule(f"{CHILD}.{key_of(self.active)}")
-        result: torch.Tensor = own(*(value.float() for value in inputs))
+        result: torch.Tensor = own(*map(_wide, inputs), **{key: _wide(value) for key, value in options.items()})
         return result.to(output.dtype)
+
+
+def _wide(value: Any) -> Any:
+    """Features in the dtype of the copies; masks and sizes, which some projectors are given too, as they are."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

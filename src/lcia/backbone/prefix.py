@@ -38,6 +38,8 @@ def of_batch(
         return None  # each row may have weights of its own
     if rows == 1 or is_sharding() or _is_random(model):
         return None  # sharded weights are put together for one forward pass per step
+    if model.training and model.is_activation_checkpointing:
+        return None  # layers are computed again without a cache
     lengths = mask.sum(dim=1)
     prompts = lengths - ((labels >= 0).cumsum(dim=1) > 0).sum(dim=1)  # an answer begins at its first label
     most = int(prompts.min()) - 1  # a prompt's last token predicts the first one of the answer: it stays in its row
@@ -65,7 +67,7 @@ def _cache(model: torch.nn.Module, prefix: torch.Tensor, rows: int, tokens: int)
         use_cache=True,
     )
     if cache.get_seq_length() != prefix.shape[1]:
-        return None  # the model keeps none, as under gradient checkpointing
+        return None  # the model keeps none
     cache.batch_repeat_interleave(rows)
     return cache
 

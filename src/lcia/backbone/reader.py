@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from lcia.backbone.chat import (
     pad_left,
     render_prompt,
 )
-from lcia.backbone.images import Colour, open_image, padded_to_square, square_size
+from lcia.backbone.images import Colour, image_size, open_image, padded_to_square, square_size
 from lcia.errors import UserError
 from lcia.files import file_sha256
 from lcia.stream import Row
+
+_PROBES = ((336, 336), (1600, 200), (200, 1600), (2000, 2000))  # pixels: width, height
 
 
 class Reader:
@@ -52,6 +55,11 @@ class Reader:
     def check_size(self, width: int, height: int) -> None:
         """Raises UserError if images of so many pixels cannot be shown, whatever is on them."""
         raise UserError("the model reads text only")
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values: all that makes tensors of a row, beside the row."""
+        words = self.tokenizer
+        return {"tokenizer": words.backend_tokenizer.to_str() if words.is_fast else sorted(words.get_vocab())}
 
     @property
     def pad_id(self) -> int:
@@ -88,7 +96,8 @@ class Reader:
 class ImageReader(Reader):
     """For a vision-language model: its processor decides how an image is scaled, and how many tokens stand for it.
 
-    The same preprocessing serves training and evaluation. Images are read when a batch is made, not kept.
+    The same preprocessing serves training and evaluation. Images are opened when a batch is made, and not kept: the
+    tokens that stand for one depend on its size alone.
 
     Args:
         padding: square: an image is first put in the middle of a square of the processor's mean colour, which the
@@ -103,7 +112,8 @@ class ImageReader(Reader):
 
     def __init__(self, chat: ProcessorMixin, tokenizer: PreTrainedTokenizerBase, padding: str | None = None) -> None:
         super().__init__(chat, tokenizer)
-        self._prompts: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = {}
+        self._alike: dict[int, bool] = {}  # number of images → whether `_assembled` gives the processor's own tokens
+        self._of_size = cache(self._tokens_of_size)
         self._hashes: dict[str, str] = {}
         self._accepted: set[tuple[int, int]] = set()  # sizes that the processor takes
         self._padding = padding
@@ -111,6 +121,11 @@ class ImageReader(Reader):
 
     def with_padding(self, padding: str | None) -> ImageReader:
         return ImageReader(self.chat, self.tokenizer, padding)
+
+    def settings(self) -> dict[str, Any]:
+        # the processor's own class too: transformers has one with torchvision and one without, and pixels differ
+        kind = type(self.chat.image_processor).__name__
+        return {**super().settings(), "processor": self.chat.to_dict(), "images": kind, "padding": self._padding}
 
     def encode(self, row: Row) -> Encoded:
         self._check_text(row)  # later questions of a conversation are no part of its prompt
@@ -121,13 +136,48 @@ class ImageReader(Reader):
         if not row.images:
             return super().encode_prompt(row)
         text = render_prompt(self.chat, row.messages, len(row.images))
-        if (text, row.images) not in self._prompts:
-            try:
-                shown = self._process([text], [row.images])
-            except UserError as error:
-                raise UserError(f"{row.source}: {error}") from None
-            self._prompts[text, row.images] = tuple(shown["input_ids"][0].tolist())
-        return Encoded(self._prompts[text, row.images], (), text, row.images, row.instruction, row.user_text)
+        try:
+            tokens = self._tokens(text, row.images)
+        except UserError as error:
+            raise UserError(f"{row.source}: {error}") from None
+        return Encoded(tokens, (), text, row.images, row.instruction, row.user_text)
+
+    def _tokens(self, text: str, images: Sequence[str]) -> tuple[int, ...]:
+        """Of a rendered prompt. The first one with so many images shows whether they can be assembled."""
+        number = len(images)
+        if self._alike.get(number):
+            return self._assembled(text, images)
+        own = tuple(self._process([text], [images])["input_ids"][0].tolist())
+        if number not in self._alike:
+            self._alike[number] = self._assembled(text, images) == own
+        return own
+
+    def _assembled(self, text: str, images: Sequence[str]) -> tuple[int, ...]:
+        """What the tokenizer makes of the text, with all that stands for an image in the place of each mark."""
+        written = self.tokenizer(text, add_special_tokens=lacks_special_tokens(self.chat, text))["input_ids"]
+        mark = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        shown = iter([self._tokens_of_image(path) for path in images])
+        return tuple(chain.from_iterable(next(shown, ()) if token == mark else (token,) for token in written))
+
+    def _tokens_of_image(self, path: str) -> tuple[int, ...]:
+        if self.tokens_of_any_image is not None:
+            return self._of_size(*_PROBES[0])
+        size = image_size(path)
+        try:
+            return self._of_size(*size)
+        except UserError as error:
+            raise UserError(f"image {path}: {error}") from None
+
+    @cached_property
+    def tokens_of_any_image(self) -> int | None:
+        """How many stand for an image; None where that depends on its size."""
+        found = {len(self._of_size(*size)) for size in _PROBES}
+        return found.pop() if len(found) == 1 else None
+
+    def _tokens_of_size(self, width: int, height: int) -> tuple[int, ...]:
+        size = (width, height) if self._colour is None else square_size(width, height)
+        shown = self._shown([self.image_token], [[Image.new("RGB", size)]], add_special_tokens=False)
+        return tuple(shown["input_ids"][0].tolist())
 
     def _check_text(self, row: Row) -> None:
         if any(self.image_token in text for _, text in row.messages):
@@ -171,27 +221,30 @@ class ImageReader(Reader):
     def check_size(self, width: int, height: int) -> None:
         size = (width, height) if self._colour is None else square_size(width, height)
         if size not in self._accepted:
-            self._shown([self.image_token], [[Image.new("RGB", size)]])
+            self._shown([self.image_token], [[Image.new("RGB", size)]], add_special_tokens=False)
             self._accepted.add(size)
 
     def _process(self, texts: list[str], images: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
         opened = [[open_image(path) for path in paths] for paths in images]
         try:
-            return self._shown(texts, [[self._padded(image) for image in row] for row in opened])
+            shown = [[self._padded(image) for image in row] for row in opened]
+            return self._shown(texts, shown, lacks_special_tokens(self.chat, texts[0]))
         except UserError as error:
             raise UserError(f"image {', '.join(path for paths in images for path in paths)}: {error}") from None
 
     def _padded(self, image: Image.Image) -> Image.Image:
         return image if self._colour is None else padded_to_square(image, self._colour)
 
-    def _shown(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+    def _shown(
+        self, texts: list[str], images: list[list[Image.Image]], add_special_tokens: bool
+    ) -> dict[str, torch.Tensor]:
         try:
             shown = self.chat(
                 text=texts,
                 images=images,
                 padding=True,
                 padding_side="left",
-                add_special_tokens=lacks_special_tokens(self.chat, texts[0]),
+                add_special_tokens=add_special_tokens,
                 return_tensors="pt",
             )
         except (ValueError, ArithmeticError) as error:  # Qwen-VL's: one side over 200 times the other

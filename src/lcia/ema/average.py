@@ -116,7 +116,7 @@ class DynamicEMA:
         self.fallback = self._checked_fallback(fallback, retained)
         self.examples_per_gradient = examples_per_gradient
         if "curvature" in reads:
-            self._check_fisher(fisher_source, optimizer, strength)
+            self._check_fisher(fisher_source, optimizer, strength, forgetting)
         self.strength = strength
         self.forgetting = strength if forgetting is None else forgetting
         self.fisher_source = fisher_source
@@ -181,27 +181,30 @@ class DynamicEMA:
 
         Call it after backward, before anything clips or reshapes the gradients. Where the clip coefficient c
         is known, calling it after clipping with scale=1/c does the same. Without a call, `step` reads the
-        gradients it finds.
+        gradients it finds. Gradients of which one is not finite are not counted in F_new.
         """
         if self._squares is None:
             return
         gradients, present = self._gradients()
         sums = self._layout.row_sums(1)  # (1, R)
+        for block in self._layout.blocks:
+            torch.sum(self._gradient_scratch.fill(block, self._examples or gradients), 1, out=sums[0, block.rows])
+        observed_sums = self._sum(self._layout.sum_rows(sums))[0]
+        # All or nothing: where one number is not finite, a gradient scaler will skip the step, and a bad number must
+        # not stay in the mean for the rest of the task.
+        present = present * observed_sums.isfinite().all()
         weight = self._layout.spread((1 - self.fisher_decay) * present.float())  # (R, 1)
         for block in self._layout.blocks:
-            if self._examples:
-                squared = self._gradient_scratch.fill(block, self._examples)
-            else:
-                squared = self._gradient_scratch.fill(block, gradients).mul_(scale).square_()
-            torch.sum(squared, 1, out=sums[0, block.rows])
-            squared.nan_to_num_(0, 0, 0)  # one bad number must not stay in the mean for the rest of the task
-            self._squares[block.rows].lerp_(squared, weight[block.rows])
+            squared = self._gradient_scratch.fill(block, self._examples or gradients)
+            if not self._examples:
+                squared.mul_(scale).square_()
+            self._squares[block.rows].lerp_(squared.nan_to_num_(0, 0, 0), weight[block.rows])
         self.discard()
         self._memory["observed"] += present
-        self._observed_sums = self._sum(self._layout.sum_rows(sums))[0]
+        self._observed_sums = observed_sums
 
     def discard(self) -> None:
-        """Forget the gradients of a step that is not made: a gradient scaler found them infinite."""
+        """Instead of `step`, where no step is made: a gradient scaler found the gradients infinite."""
         self._observed_sums = None
         if self._examples:
             torch._foreach_zero_(self._examples)
@@ -605,7 +608,7 @@ class DynamicEMA:
     def _moving_steps(self) -> int:
         return (self.total_steps or 1) - self.rest_steps
 
-    def _check_fisher(self, source: str, optimizer: Any, strength: float) -> None:
+    def _check_fisher(self, source: str, optimizer: Any, strength: float, forgetting: float | None) -> None:
         if self.total_steps is None:
             raise ValueError(f"rule {self.rule!r} needs total_steps: it spreads its work over the task")
         if source not in fisher.SOURCES:
@@ -614,6 +617,8 @@ class DynamicEMA:
             raise ValueError("fisher_source='adamw' reads the optimizer's second moment: give optimizer=")
         if not strength > 0:
             raise ValueError(f"strength is {strength}, it must be positive")
+        if forgetting is not None and not 0 <= forgetting < float("inf"):
+            raise ValueError(f"forgetting is {forgetting}, it must be a number from 0")
         if not self.examples_per_gradient > 0:
             raise ValueError(f"examples_per_gradient is {self.examples_per_gradient}, it must be positive")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ class DynamicEMACallback(TrainerCallback):
     - One update per optimizer step, whatever the accumulation; a step that a gradient scaler skips is no step.
     - Every checkpoint holds the raw θ where Trainer puts it, so that resuming is exact, and θ* with all that the rule
       needs in `ema.safetensors` beside it. `resume_from_checkpoint` restores both.
-    - Evaluations during training see θ*; after training the model holds θ*, so that the last evaluation and the last
-      `save_model` are of θ*. With `load_best_model_at_end` it is the best checkpoint's θ*.
+    - Evaluations that the Trainer makes during training see θ*, others are warned of; after training the model holds
+      θ*, so that the last evaluation and the last `save_model` are of θ*. With `load_best_model_at_end` it is the best
+      checkpoint's θ*.
     - `fisher` gets gradients as they were before clipping (lcia.ema.clipping).
     - β, the fallback fraction and the retained mass are logged with every training log, as `ema_...`: into
       `state.log_history`, and, if `trainer` is given, through its loggers. (Trainer's own loggers stand before other
@@ -73,6 +75,7 @@ class DynamicEMACallback(TrainerCallback):
         self._raw: list[tuple[Tensor, Tensor]] = []  # (parameter, its θ) while an evaluation sees θ*
         self._evaluations_left = 0
         self._evaluated = False  # in this step, with θ*
+        self._training = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,7 +87,8 @@ class DynamicEMACallback(TrainerCallback):
                 "DeepSpeed makes the optimizer step, and clears the gradients, inside backward(), before a callback "
                 "can read them: DynamicEMACallback works with one process, DDP and FSDP2"
             )
-        if args.fp16 and self.options.get("fisher_source") == "per_example":
+        scaled = getattr(kwargs["optimizer"], "scaler", None) is not None  # by a key, or by `accelerate launch`
+        if scaled and self.options.get("fisher_source") == "per_example":
             raise ValueError(
                 "fisher_source='per_example' would see gradients of the scaled loss that fp16 trains with: use bf16"
             )
@@ -97,6 +101,7 @@ class DynamicEMACallback(TrainerCallback):
         if state.global_step:
             self.ema.load(self._file_to_resume(args, state))
         self._evaluations_left, self._raw = 0, []  # of a training that broke off
+        self._training = True
         self._stop_watching()
         if self.ema.wants_unclipped and args.max_grad_norm:
             self._clip_watch = ClipWatch(model.parameters())
@@ -134,6 +139,12 @@ class DynamicEMACallback(TrainerCallback):
         self._show_raw()  # of an evaluation that another callback has called off
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._training and self.evaluate_average and not self._evaluated and state.global_step:
+            warnings.warn(
+                "this evaluation saw the raw weights: it was asked for by a callback behind DynamicEMACallback, or "
+                "called by hand; put DynamicEMACallback last, or evaluate inside `ema.applied()`",
+                stacklevel=2,
+            )
         if self._evaluated and not self._evaluations_left:
             raise RuntimeError(
                 "the first set of this evaluation was seen by the averaged weights, this one by the raw weights. "
@@ -157,7 +168,7 @@ class DynamicEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         ema = self._running()
-        self._evaluated = False
+        self._evaluated = self._training = False
         self._stop_watching()
         ema.close()
         self._show_raw()

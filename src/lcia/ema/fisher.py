@@ -48,11 +48,18 @@ def adamw_second_moment(
         if "betas" in group
         for parameter in group["params"]
     }
+    counting_there = {  # on the parameter's device; else on the CPU
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     moments, decay, steps = [], [], []
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
         if id(parameter) in decays and not state and name in optional:
-            state = {"exp_avg_sq": torch.zeros_like(parameter, requires_grad=False), "step": 0.0}
+            step = torch.zeros((), device=parameter.device if id(parameter) in counting_there else "cpu")
+            state = {"exp_avg_sq": torch.zeros_like(parameter, requires_grad=False), "step": step}
         if id(parameter) not in decays or "exp_avg_sq" not in state:
             raise ValueError(
                 f"the optimizer {type(optimizer).__name__} keeps no running mean of squared gradients (exp_avg_sq) for "

@@ -24,10 +24,11 @@ class LCIA(Combined):
         route_threshold: float = 0.0,
         start: str = "last",
         rule: str = "fixed",
-        retained: float | None = 0.3,
-        fallback: float = 0.99,
+        retained: float | None = None,
+        fallback: float | None = None,
         rest: float = 0.0,
-        strength: float = 1.0,
+        strength: float | None = None,
+        forgetting: float | None = None,
     ) -> None:
         super().__init__(
             [
@@ -38,6 +39,8 @@ class LCIA(Combined):
                     route_threshold=route_threshold,
                     start=start,
                 ),
-                Averaging(rule=rule, retained=retained, fallback=fallback, rest=rest, strength=strength),
+                Averaging(
+                    rule=rule, retained=retained, fallback=fallback, rest=rest, strength=strength, forgetting=forgetting
+                ),
             ]
         )

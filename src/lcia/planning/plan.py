@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 
 from lcia.backbone import Backbone, fit_demonstrations
+from lcia.backbone.reader import ImageReader
 from lcia.config import RunConfig
 from lcia.errors import UserError
 from lcia.init_stage import check_init, init_config
@@ -287,7 +288,7 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
 
 
 def _stream(config: RunConfig, backbone: Backbone) -> Stream:
-    """As the run would read it; images are not opened."""
+    """As the run would read it; no image is opened, but for the first to be counted."""
     stream = load_run_stream(config)
     rows = (row for task in stream for row in (*task.train, *task.dev, *task.test))
     shown = next((row for row in rows if row.images), None)
@@ -305,7 +306,8 @@ class _Rows:
     """The lengths of a configuration's rows."""
 
     def __init__(self, config: RunConfig, backbone: Backbone) -> None:
-        self.lengths = Lengths(backbone.reader, config.image_padding)
+        self.reader = backbone.reader.with_padding(config.image_padding)
+        self.lengths = Lengths(self.reader)
         self._config, self._layout = config, backbone.layout
 
     def count(self, rows: Sequence[Row], reporter: Reporter) -> None:
@@ -508,8 +510,9 @@ def _notes(config: RunConfig, method: Combined, stream: Stream, rows: _Rows, gpu
         if type(leaf) in _UNKNOWN:
             yield _UNKNOWN[type(leaf)]
     if any(task.has_images for task in stream):
-        extra = rows.lengths.tokens_of_any_image
-        yield "tokens of an image depend on its size" if extra is None else f"an image takes {extra + 1} tokens"
+        assert isinstance(rows.reader, ImageReader)
+        number = rows.reader.tokens_of_any_image
+        yield "tokens of an image depend on its size" if number is None else f"an image takes {number} tokens"
     if config.early_stopping_patience is not None:
         yield "early stopping: steps and time are the most that there can be, without the scores of the dev rows"
     if gpus is not None and gpus > 1:

@@ -84,7 +84,7 @@ def _example(row: str, answers: Mapping[str, Mapping[str, Prediction]]) -> Examp
     first = next(iter(answers.values()))[row]
     return Example(
         row,
-        _shortened(first.prompt),
+        _without_middle(first.prompt),
         tuple(map(_picture, first.images)),
         tuple(_shortened(text) for text in first.reference),
         tuple(Answer(label, _shortened(found[row].prediction), found[row].score) for label, found in answers.items()),
@@ -102,6 +102,15 @@ def _picture(path: str) -> Picture:
     written = io.BytesIO()
     image.save(written, "JPEG", quality=80)
     return Picture(Path(path).name, f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}")
+
+
+def _without_middle(text: str) -> str:
+    """A prompt's end, where the question and the instruction stand, and how it begins."""
+    left = len(text) - _SHOWN_CHARACTERS
+    if left <= 0:
+        return text
+    head = _SHOWN_CHARACTERS // 4
+    return f"{text[:head]} … ({left} characters left out) … {text[head + left :]}"
 
 
 def _shortened(text: str) -> str:

@@ -72,10 +72,8 @@ def coast(*, configuration: str = "domain", path: str | None = None) -> Found:
     Raises:
         UserError: there is no such folder or configuration, or the manifest is wrong.
     """
-    configuration = chosen("coast", "configuration", configuration, CONFIGURATIONS)
+    file, manifest = find_manifest(configuration, path)
     data = data_folder("coast", path)
-    file = manifest_file(data, configuration)
-    manifest = read_manifest(file)
     tasks = []
     for entry in manifest.tasks:
         found = _own_task(entry, data, file) if manifest.coin is None else _coin_task(entry, manifest.coin, data, file)
@@ -85,6 +83,13 @@ def coast(*, configuration: str = "domain", path: str | None = None) -> Found:
         "of COAST are unpublished, so nothing here is comparable with published COAST numbers"
     )
     return Found("coast", tuple(tasks), (note,))
+
+
+def find_manifest(configuration: str, path: str | None) -> tuple[Path, Manifest]:
+    """The manifest in use and where it lies; arguments and errors as of `coast`."""
+    configuration = chosen("coast", "configuration", configuration, CONFIGURATIONS)
+    file = manifest_file(data_folder("coast", path), configuration)
+    return file, read_manifest(file)
 
 
 def manifest_file(data: Path, configuration: str) -> Path:

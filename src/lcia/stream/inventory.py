@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcia.errors import UserError
 from lcia.stream.formats import Draft, Faults
-from lcia.stream.load import read_task_file
+from lcia.stream.load import ImageFinder, read_task_file
 from lcia.stream.task_source import Found, TaskSource
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class ImageState:
     referenced: int  # distinct images
     found: int
     empty: int  # files of no bytes, not counted as found
-    missing: str | None  # the first that is not there
+    missing: str | None  # the first that is not there, or may not be read
+    why: str | None  # what a run would say of that one
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _size(path: Path) -> int:
 
 
 def _task_state(task: TaskSource, on_bytes: Callable[[int], None], notes: list[str]) -> TaskState:
-    images = _Images(task.image_folders)
+    images = _Images(task)
     files = []
     rows: dict[str, int] = {}
     without = 0
@@ -131,12 +132,12 @@ def _read(task: TaskSource, path: Path, split: str | None, notes: list[str]) -> 
 
 
 class _Images:
-    """The images of a task, looked for in its folders; a folder's names are read once."""
+    """The images of a task, looked for where a run would."""
 
-    def __init__(self, folders: tuple[Path, ...]) -> None:
-        self._folders = [str(folder) for folder in folders]
-        self._listed: dict[str, dict[str, int]] = {}  # folder → name → bytes
-        self._size: dict[str, int | None] = {}  # image as written → bytes; None: missing
+    def __init__(self, task: TaskSource) -> None:
+        self._finder = ImageFinder(task)
+        self._size: dict[str, int | None] = {}  # image as written → bytes; None: not to be had
+        self._why: dict[str, str] = {}  # of those that are not to be had
 
     def has(self, name: str) -> bool:
         if name not in self._size:
@@ -144,13 +145,11 @@ class _Images:
         return bool(self._size[name])
 
     def _look(self, name: str) -> int | None:
-        for folder in self._folders:
-            parent, base = os.path.split(os.path.normpath(os.path.join(folder, name)))
-            if parent not in self._listed:
-                self._listed[parent] = _listing(parent)
-            if base in self._listed[parent]:
-                return self._listed[parent][base]
-        return None
+        try:
+            return os.stat(self._finder.find(name, "")).st_size
+        except UserError as error:
+            self._why[name] = str(error).removeprefix(": ")
+            return None
 
     def states(self) -> tuple[ImageState, ...]:
         """By the first two folders of the paths as written: COCO2014/train2014."""
@@ -163,15 +162,8 @@ class _Images:
     def _state(self, folder: str, names: list[str]) -> ImageState:
         sizes = [self._size[name] for name in names]
         missing = next((name for name, size in zip(names, sizes, strict=True) if size is None), None)
-        return ImageState(folder, len(names), sum(map(bool, sizes)), sizes.count(0), missing)
-
-
-def _listing(folder: str) -> dict[str, int]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
-    except (OSError, ValueError):  # no such folder, or a path that cannot be one
-        return {}
+        why = None if missing is None else self._why[missing]
+        return ImageState(folder, len(names), sum(map(bool, sizes)), sizes.count(0), missing, why)
 
 
 _WORDS = {
@@ -210,5 +202,5 @@ def _file_line(file: FileState) -> str:
 def _image_line(images: ImageState) -> str:
     line = f"images {images.folder}: {images.found:,} of {images.referenced:,} there"
     if images.missing is not None:
-        line += f", {images.referenced - images.found - images.empty:,} missing, such as {images.missing}"
+        line += f", {images.referenced - images.found - images.empty:,} missing: {images.why}"
     return line + (f", {images.empty:,} of no bytes: get them again" if images.empty else "")

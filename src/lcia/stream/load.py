@@ -80,7 +80,7 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
         hint = did_you_mean(source.scorer, SCORERS)
         raise UserError(f"task {source.name!r}: unknown scorer {source.scorer!r}. {hint}")
     faults = Faults(skip_bad_rows)
-    images = _ImageFinder(source)
+    images = ImageFinder(source)
     drafts = list(_usable(_read(source, faults, notes), images, faults))
     if faults.found:
         notes.append(f"{source.name}: {len(faults.found)} rows skipped")
@@ -165,7 +165,7 @@ def _read_dataset(name: str, faults: Faults) -> Iterator[tuple[str, str | None, 
         yield label, None if part is None else SPLIT_NAMES[part], read_records(records, faults)
 
 
-def _usable(drafts: Iterator[Draft], images: _ImageFinder, faults: Faults) -> Iterator[Draft]:
+def _usable(drafts: Iterator[Draft], images: ImageFinder, faults: Faults) -> Iterator[Draft]:
     """The drafts with their images found."""
     for draft in drafts:
         try:
@@ -176,7 +176,7 @@ def _usable(drafts: Iterator[Draft], images: _ImageFinder, faults: Faults) -> It
             yield replace(draft, images=found) if found else draft
 
 
-class _ImageFinder:
+class ImageFinder:
     """The images of a task: in its folders, and, links followed, nowhere else but where the source says."""
 
     def __init__(self, source: TaskSource) -> None:
