@@ -29,13 +29,16 @@ from training import ROWS, by_lcia, config_of
 WAYS = {
     "prefix": "what all rows of a batch begin with is computed once",
     "logits": "logits of answer tokens alone, asked for by index",
+    "lora": "LoRA added in the output's memory, scaled where it is narrow (lcia.adapters.lora)",
     "attention": "eager attention on a CPU, where fused attention's backward pass is slow in bfloat16",
     "memory": "freed memory is kept for the next step",
 }
 ANSWERING = {
     "prefix": WAYS["prefix"],
     "logits": "logits of the last token, asked for by index",
+    "lora": WAYS["lora"],
     "sorting": "batches of like length",
+    "lengths": "within a batch, prompts of like length are passed together",
 }
 PROMPTS = 40  # a task
 NEW_TOKENS = 12
@@ -84,6 +87,8 @@ def train(off: set[str], steps: int, model: str) -> dict[str, Any]:
             changed.enter_context(without("lcia.backbone.prefix.of_batch", lambda *_: None))
         if "logits" in off:
             changed.enter_context(without("lcia.backbone.layout.DecoderOnly.answer_logits", whole_logits))
+        if "lora" in off:
+            changed.enter_context(without("lcia.adapters.pool.use_own_forward", lambda _: None))
         if "attention" in off:
             config.attn_implementation = "sdpa"
         if "memory" in off:
@@ -103,8 +108,6 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
 
     keep_freed_memory()
     backbone = load_backbone(model, "bfloat16")
-    pool = AdapterPool(backbone.model, {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, model, 0)
-    pool.add("one")
     reader = backbone.reader
     lists = [[reader.encode_prompt(row) for row in task.test[:PROMPTS]] for task in load_stream("assistant")]
     decoding = Decoding(NEW_TOKENS, PROMPTS // 2, 1024)
@@ -120,6 +123,12 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
             changed.enter_context(without("transformers.generation.utils.GenerationMixin.generate", sliced))
         if "sorting" in off:
             changed.enter_context(patch("lcia.evaluation.sorted", lambda part, key=None: list(part), create=True))
+        if "lengths" in off:
+            changed.enter_context(without("lcia.backbone.prefix.of_prompts", lambda *_: None))
+        if "lora" in off:
+            changed.enter_context(without("lcia.adapters.pool.use_own_forward", lambda _: None))
+        pool = AdapterPool(backbone.model, {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, model, 0)
+        pool.add("one")
         began = time.monotonic()
         answers = [one for asked in lists for one in generate_answers(pool, reader, ["one"] * PROMPTS, asked, decoding)]
         seconds = time.monotonic() - began

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lcia.adapters import AdapterPool
+from lcia.adapters.lora import LoraLinear, use_own_forward
 from lcia.backbone import load_backbone
 from lcia.errors import UserError
 
@@ -124,6 +125,61 @@ def test_a_mixed_batch_gives_what_each_row_gives_alone(pool: AdapterPool, tiny_m
     assert mixed == alone
     swapped = generate_answers(pool, reader, ["b", None, "a", "a", "b", None], prompts, decoding)
     assert [a == b for a, b in zip(mixed, swapped, strict=True)] == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [["one"], ["one", "two"], None])
+def test_a_layer_is_w_x_plus_s_b_a_x(dtype: torch.dtype, names: list[str] | None) -> None:
+    """Forward and gradients against float64; None: a row of each and one of none, bit for bit as alone."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5).to(dtype).requires_grad_(False))
+    config = LoraConfig(r=3, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(base, config, adapter_name="one", autocast_adapter_dtype=True)
+    model.add_adapter("two", config)
+    use_own_forward(model)
+    layer = model.base_model.model[0]
+    assert type(layer) is LoraLinear
+    x = torch.randn(3, 2, 6).to(dtype).requires_grad_()
+    each = [["one"], ["two"], []] if names is None else [names] * 3
+
+    def expected(one: torch.Tensor, active: list[str]) -> torch.Tensor:
+        scale = 4 / 3
+        parts = [scale * layer.lora_B[n].weight.double() @ layer.lora_A[n].weight.double() for n in active]
+        weight = layer.base_layer.weight.double() + sum(parts, torch.zeros(5, 6, dtype=torch.float64))
+        return one.double() @ weight.T + layer.base_layer.bias.double()
+
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
+    wanted = torch.stack([expected(one, active) for one, active in zip(x, each, strict=True)])
+    model.base_model.set_adapter(names or ["one"])
+    options = {} if names else {"adapter_names": ["one", "two", "__base__"]}
+    found = layer(x, **options)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, **close)
+    if names is None:
+        for row, name in enumerate(("one", "two")):
+            model.base_model.set_adapter(name)
+            assert torch.equal(layer(x[row]), found[row])
+        assert torch.equal(layer.base_layer(x[2]), found[2])
+        return
+    weights = [layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, x]
+    mine = torch.autograd.grad(found.double().square().sum(), weights)
+    right = torch.autograd.grad(wanted.square().sum(), weights)
+    loose = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-1}
+    for one, other in zip(mine, right, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), **loose)
+
+
+def test_a_layer_that_is_not_plain_is_pefts(pool: AdapterPool) -> None:
+    """Merged, or switched off by PEFT's own means."""
+    pool.add("a")
+    disturb(pool, "a", 0)
+    expected = logits(pool, "a")
+    with torch.no_grad():
+        pool.model.merge_adapter()
+        torch.testing.assert_close(pool.model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        pool.model.unmerge_adapter()
+        with pool.model.disable_adapter():
+            assert torch.equal(pool.model(input_ids=IDS).logits, logits(pool, None))
 
 
 def test_a_prompt_that_comes_again_is_answered_once(pool: AdapterPool, tiny_model: Path, monkeypatch) -> None:

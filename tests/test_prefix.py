@@ -103,6 +103,40 @@ def test_answers_are_those_of_the_prompts_one_by_one(name: str) -> None:
         assert found.tolist()[: len(expected)] == expected
 
 
+@pytest.mark.parametrize("start", [0, len(SHARED)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_of_like_length_are_passed_together(name: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against each prompt alone; one of them is nothing but its last token behind what all begin with."""
+    monkeypatch.setattr(prefix, "_LEAST_ON_CPU", 1)
+    model = model_of(CONFIGS[name]).eval()
+    lengths, passes = (3, 1, 7, 3, 9, 2), []
+    prompts = [(*SHARED[:start], *range(20, 20 + length)) for length in lengths]
+    batch = collate([Encoded(prompt, ()) for prompt in prompts], pad_id=0)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, given: passes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    together = DECODER_ONLY.generate(model, batch, 6)
+    handle.remove()
+    own = 9 - 1 + start if start == 0 else 9 - 1
+    assert sum(rows * length for rows, length in passes if length > 1) < len(prompts) * own
+    for prompt, found in zip(prompts, together, strict=True):
+        alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6)
+        expected = alone[0, len(prompt) :].tolist()
+        assert found.tolist()[: len(expected)] == expected
+
+
+@given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=20), least=st.integers(1, 60))
+def test_every_cut_saves_enough_and_none_is_left_out(lengths: list[int], least: int) -> None:
+    parts = prefix._of_like_length(lengths, least)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    assert [lengths[row] for part in parts for row in part] == sorted(lengths)
+    padded = len(lengths) * max(lengths)
+    assert padded - sum(len(part) * max(lengths[row] for row in part) for part in parts) >= (len(parts) - 1) * least
+    for part in parts:  # no other cut would
+        own = [lengths[row] for row in part]
+        assert all(place * (own[-1] - own[place - 1]) < least for place in range(1, len(own)))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(

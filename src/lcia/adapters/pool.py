@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lcia.adapters.base import Pool
+from lcia.adapters.lora import use_own_forward
 from lcia.adapters.naming import CHILD, PREFIX, key_of
 from lcia.adapters.projector import PROJECTOR_FILE, Projectors
 from lcia.backbone.layout import layout_of
@@ -90,6 +91,7 @@ class AdapterPool(Pool):
             torch.manual_seed(stable_seed(self._seed, name))
             if self._peft is None:
                 self._peft = get_peft_model(self._base, config, adapter_name=PREFIX + name)
+                use_own_forward(self._peft)
             else:
                 self._peft.add_adapter(PREFIX + name, config)
         if self._projectors is not None:

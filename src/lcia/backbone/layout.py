@@ -114,6 +114,8 @@ class DecoderOnly(Layout):
         if cache is not None:  # generate wants the tokens whose keys and values it is given
             start = int(batch["attention_mask"][0].argmax())
             ids = torch.cat([ids[:1, start : start + shared].expand(len(ids), -1), ids[:, -length:]], dim=1)
+        if not options:
+            cache = self._filled(model, batch, ids, mask, cache)
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -128,6 +130,12 @@ class DecoderOnly(Layout):
     def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
         """What all rows begin with, computed once."""
         return prefix.of_batch(model, batch)
+
+    def _filled(
+        self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
+    ) -> DynamicCache | None:
+        """`cache`, or one that holds all of the prompts but their last tokens, where that saves padding."""
+        return prefix.of_prompts(model, ids, mask, cache) or cache
 
     def _positions(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """The positions that the model is told."""
@@ -197,11 +205,16 @@ class VisionLanguage(DecoderOnly):
     sees = True
 
     def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
-        """What stands before the first image, of models known to read from left to right: some of the others let the
-        tokens of a prompt see each other.
-        """
+        """What stands before the first image."""
         config = extract_model_from_parallel(model).config
-        return prefix.of_batch(model, batch, config.image_token_id) if config.model_type == "llava" else None
+        return prefix.of_batch(model, batch, config.image_token_id) if _reads_forward(config) else None
+
+    def _filled(
+        self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
+    ) -> DynamicCache | None:
+        has_images = bool(self._shown(batch, ids.shape[1]))
+        reads_forward = _reads_forward(extract_model_from_parallel(model).config)
+        return cache if has_images or not reads_forward else super()._filled(model, batch, ids, mask, cache)
 
     def _shown(self, batch: Batch, length: int) -> dict[str, torch.Tensor]:
         return {
@@ -209,6 +222,11 @@ class VisionLanguage(DecoderOnly):
             for name, values in batch.items()
             if name not in _TEXT | _OF_THE_LOSS
         }
+
+
+def _reads_forward(config: Any) -> bool:
+    """Of models that see: whether it is known. Some let the tokens of a prompt see each other."""
+    return bool(config.model_type == "llava")
 
 
 class GridVisionLanguage(VisionLanguage):

@@ -1,7 +1,10 @@
-"""What all rows of a batch begin with is computed once: the chat template's first lines are half of a short row.
+"""Keys and values computed before the rest of a batch, so that fewer tokens pass through the model.
 
-Keys and values of the shared tokens are the same in every row (a token sees only what stands before it), so one row's
-serve all; gradients flow back through them. Shapes: B rows, L padded tokens, P tokens of the prefix.
+What all rows begin with is computed once: the chat template's first lines are half of a short row. Keys and values of
+the shared tokens are the same in every row (a token sees only what stands before it), so one row's serve all; gradients
+flow back through them. Of prompts to be answered, those of like length are passed together, not padded to the longest.
+
+Shapes: B rows, L padded tokens, P tokens of the prefix, W of the longest row behind it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from transformers.cache_utils import DynamicLayer
 from lcia.processes import is_sharding
 
 _LEAST_SHARE = 0.2  # of a batch's tokens: below, the second pass through the model costs what it saves
-_LEAST_ON_GPU = 2048  # tokens saved: there a pass over few tokens costs its kernel launches
+_LEAST_ON_CPU = 64  # tokens that another pass over some of a batch's prompts must save
+_LEAST_ON_GPU = 2048  # tokens that any other pass must save: there one over few tokens costs its kernel launches
 
 
 def of_batch(
@@ -55,9 +59,9 @@ def _cache(model: torch.nn.Module, prefix: torch.Tensor, rows: int, tokens: int)
     saved = (rows - 1) * prefix.shape[1]
     if saved < _LEAST_SHARE * tokens or (prefix.is_cuda and saved < _LEAST_ON_GPU):
         return None
+    if not _goes_on_from_caches(model):
+        return None
     cache = DynamicCache(config=model.config)
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None  # windows and recurrent states forget: they are not gone on with from keys and values alone
     model(
         input_ids=prefix,
         attention_mask=torch.ones_like(prefix),
@@ -70,6 +74,85 @@ def _cache(model: torch.nn.Module, prefix: torch.Tensor, rows: int, tokens: int)
         return None  # the model keeps none
     cache.batch_repeat_interleave(rows)
     return cache
+
+
+def of_prompts(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, begun: DynamicCache | None
+) -> DynamicCache | None:
+    """The cache of all tokens of prompts to be answered, but for each one's last.
+
+    Prompts of like length are passed through the model together, so that little of it is spent on padding.
+
+    Args:
+        ids, mask: (B, L), of which the first P columns are what `begun` holds.
+        begun: what all prompts begin with (P tokens), from `of_batch`. None: nothing (P = 0).
+
+    Returns:
+        None where it saves too little, or going on from a cache would make a difference.
+    """
+    first = 0 if begun is None else begun.get_seq_length()
+    width = ids.shape[1] - 1 - first
+    lengths = (mask[:, first:-1].sum(dim=1)).tolist()  # own tokens that are passed now
+    parts = _of_like_length(lengths, _LEAST_ON_GPU if ids.is_cuda else _LEAST_ON_CPU)
+    if len(parts) == 1 or is_sharding() or not _goes_on_from_caches(model):
+        return None
+    filled: list[tuple[list[int], int, DynamicCache]] = []
+    for rows in parts:
+        longest = max(lengths[row] for row in rows)
+        cache = DynamicCache(config=model.config)
+        for number, layer in enumerate(begun.layers if begun is not None else []):
+            cache.update(layer.keys[rows], layer.values[rows], number)
+        columns = [*range(first), *range(first + width - longest, first + width)]
+        seen = mask[rows][:, columns]
+        if longest:
+            model(
+                input_ids=ids[rows][:, columns[first:]],
+                attention_mask=seen,
+                position_ids=(seen.cumsum(dim=1) - 1).clamp(min=0)[:, first:],
+                logits_to_keep=torch.tensor([], dtype=torch.long, device=ids.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        filled.append((rows, longest, cache))
+    whole = DynamicCache(config=model.config)
+    for number in range(len(whole.layers)):
+        sides = []
+        for side in ("keys", "values"):
+            # (B, heads, P + W, d); what is left 0 is masked
+            longest_own = getattr(filled[-1][2].layers[number], side)
+            _, heads, _, depth = longest_own.shape
+            put = longest_own.new_zeros(len(ids), heads, first + width, depth)
+            for rows, longest, cache in filled:
+                own = getattr(cache.layers[number], side)
+                if own is None:  # prompts of one token
+                    continue
+                put[rows, :, :first] = own[:, :, :first]
+                put[rows, :, first + width - longest :] = own[:, :, first:]
+            sides.append(put)
+        whole.update(*sides, number)
+        for _, _, cache in filled:
+            cache.layers[number].keys = cache.layers[number].values = None  # not all of it twice in memory
+    return whole
+
+
+def _of_like_length(lengths: list[int], least: int) -> list[list[int]]:
+    """Rows in parts, each cut into two wherever that saves `least` tokens of padding."""
+
+    def cut(rows: list[int]) -> list[list[int]]:
+        longest = lengths[rows[-1]]
+        saved = {place: place * (longest - lengths[rows[place - 1]]) for place in range(1, len(rows))}
+        best = max(saved, key=saved.__getitem__, default=0)
+        if not best or saved[best] < least:
+            return [rows]
+        return cut(rows[:best]) + cut(rows[best:])
+
+    return cut(sorted(range(len(lengths)), key=lengths.__getitem__))
+
+
+def _goes_on_from_caches(model: torch.nn.Module) -> bool:
+    """Windows and recurrent states forget: such layers are not gone on with from keys and values alone."""
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def _is_random(model: Any) -> bool:
