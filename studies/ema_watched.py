@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import ROOT
+from study import ROOT, paired_p
 
 from lcia.backbone import load_backbone
 from lcia.config import parse_config
@@ -54,35 +54,39 @@ ROWS = 8  # a step
 CHAIN = "constant, 0.3"  # the next task goes on from this average
 PLAIN = "none"
 
+STRENGTHS = (0.1, 0.3, 1.0)
+# `forgetting` 0: what is handed on is of one task alone, and mixed here
+FISHER: dict[str, Any] = {"rule": "fisher", "strength": 0.3, "forgetting": 0.0}
+READINGS = {"running": "", "adamw": ", read from AdamW", "per_example": ", read per example"}
 # name: options of DynamicEMA; "handed" is γ of the importance that `fisher` is given, F_old = γ F_1 + F_2
-FISHER: dict[str, Any] = {"rule": "fisher", "strength": 0.3}
 SECOND: dict[str, dict[str, Any]] = {
     "constant, 0.1": {"rule": "fixed", "retained": 0.1},
     CHAIN: {"rule": "fixed", "retained": 0.3},
     "constant, 0.5": {"rule": "fixed", "retained": 0.5},
     "constant, 0.3, rest 0.9": {"rule": "fixed", "retained": 0.3, "rest": 0.9},
-    "fisher, λ = 0.1": {**FISHER, "strength": 0.1},
-    "fisher, λ = 0.3": FISHER,
-    "fisher, λ = 1": {**FISHER, "strength": 1.0},
-    "fisher, λ = 0.3, read from AdamW": {**FISHER, "fisher_source": "adamw"},
-    "fisher, λ = 0.3, read per example": {**FISHER, "fisher_source": "per_example"},
+    **{
+        f"fisher, λ = {strength:g}{words}": {**FISHER, "strength": strength, "fisher_source": reading}
+        for reading, words in READINGS.items()
+        for strength in STRENGTHS
+    },
     "fisher, λ = 0.3, one w per tensor": {**FISHER, "per": "tensor"},
     "fisher, λ = 0.3, rest 0.9": {**FISHER, "rest": 0.9},
 }
 PRODUCT = "fisher of BA's components, λ = {}"
-PRODUCT_STRENGTHS = (0.1, 0.3, 1.0)
+PRODUCT_STRENGTHS = (0.3, 1.0, 3.0)
 THIRD: dict[str, dict[str, Any]] = {
     CHAIN: SECOND[CHAIN],
     **{f"fisher, λ = 0.3, γ = {factor:g}": {**FISHER, "handed": factor} for factor in (0.0, 0.3, 1.0)},
 }
-READINGS = ("running", "adamw", "per_example")
 
 
 class ComponentAverage:
     """`fisher` with one β for each component b_k a_kᵀ of a product BA = Σ_k b_k a_kᵀ.
 
     The loss knows b_k and a_k by their product alone, so its Fisher information is that of a factor s on the component,
-    at s = 1: ∂L/∂s = Σ_j (∂L/∂A_kj) A_kj. Scaling A by c and B by 1/c leaves it, and so β, unchanged.
+    at s = 1: ∂L/∂s = Σ_j (∂L/∂A_kj) A_kj. Scaling A by c and B by 1/c leaves it, and so β, unchanged. It sees only how
+    much of a component is needed, not in which direction, and behind an adapter's first task, whose B grew from zero,
+    it is small: hence larger λ.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class ComponentAverage:
         self._steps, self._examples, self._seen = total_steps, examples, 0
         self._squares = {name: torch.zeros(len(a)) for name, (a, _) in self._pairs.items()}
         self._average = {p: p.detach().clone() for pair in self._pairs.values() for p in pair}
+        self._left = {name: torch.ones(len(a)) for name, (a, _) in self._pairs.items()}  # Π β
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -116,11 +121,17 @@ class ComponentAverage:
         for name, (a, b) in self._pairs.items():
             old = self._strength * (self._importance or {}).get(name, torch.zeros(len(a)))
             share = old / (old + new[name]).clamp_min(torch.finfo(torch.float32).tiny)
-            move = 1 - share ** (1 / self._steps)  # (r,)
+            beta = share ** (1 / self._steps)  # (r,)
+            self._left[name] *= beta
+            move = 1 - beta
             self._average[a].lerp_(a, move[:, None].expand_as(a))
             self._average[b].lerp_(b, move[None].expand_as(b))
 
-    def apply(self) -> None:
+    @property
+    def retained_mass(self) -> dict[str, float]:
+        return {name: float(left.mean()) for name, left in self._left.items()}
+
+    def copy_to_model(self) -> None:
         with torch.no_grad():
             for parameter, average in self._average.items():
                 parameter.copy_(average)
@@ -179,17 +190,14 @@ class Watched(Method):
         if len(self.importances) == 0:
             self.importances.append({name: average.importance for name, average in self.averages.items()})
         elif len(self.importances) == 1:  # of this task alone: what is handed on is mixed by `_average`
-            # clamped: rounding may leave less than nothing
-            both, first = self.averages["fisher, λ = 0.3"].importance, self.importances[0]["running"]
-            self.importances.append({"running": {name: (both[name] - 0.3 * first[name]).clamp_min(0) for name in both}})
+            self.importances.append({"running": self.averages["fisher, λ = 0.3"].importance})
         for product in self.products.values():
             self.components = product.importance
 
 
-def one(setting: str, seed: int) -> dict[str, Any]:
-    """{stage: {average: {"dev": {task: score}, "retained": Π β}}} of one training."""
+def configuration(setting: str, seed: int) -> dict[str, Any]:
     options = SETTINGS[setting]
-    values = {
+    return {
         "stream": "assistant",
         "tasks": list(options["tasks"]),
         "model": "smollm2-135m",
@@ -205,6 +213,11 @@ def one(setting: str, seed: int) -> dict[str, Any]:
         "max_eval_examples": 40,
         "max_new_tokens": 16,
     }
+
+
+def one(setting: str, seed: int) -> dict[str, Any]:
+    """{stage: {average: {"dev": {task: score}, "retained": Π β}}} of one training."""
+    values = configuration(setting, seed)
     config = parse_config(values, where=STUDY)
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
     pool, method = make_pool(config, backbone), Watched()
@@ -245,13 +258,10 @@ def one(setting: str, seed: int) -> dict[str, Any]:
         seen = stream[: number + 1]
         row: dict[str, Any] = {PLAIN: {"dev": scores(seen)}}
         if number:
-            for name, average in method.averages.items():
+            for name, average in {**method.averages, **method.products}.items():
                 average.copy_to_model()
                 masses = average.retained_mass.values()
                 row[name] = {"dev": scores(seen), "retained": sum(masses) / len(masses)}
-            for name, product in method.products.items():
-                product.apply()
-                row[name] = {"dev": scores(seen)}
             method.averages[CHAIN].copy_to_model()
         for average in method.averages.values():
             average.close()
@@ -269,21 +279,25 @@ def one(setting: str, seed: int) -> dict[str, Any]:
 
 def in_own_process(setting: str, seed: int) -> dict[str, Any]:
     kept = ROOT / "results" / STUDY / f"{setting}-seed{seed}.json"
+    expected = [PLAIN, *SECOND, *(PRODUCT.format(f"{one:g}") for one in PRODUCT_STRENGTHS)]
     if not kept.is_file():
         print(f"{setting}, seed {seed}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--one", setting, str(seed)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         write_text(kept, json.dumps(json.loads(done.stdout.splitlines()[-1]), indent=1) + "\n")
-    return dict(json.loads(kept.read_text(encoding="utf-8")))
+    found = dict(json.loads(kept.read_text(encoding="utf-8")))
+    if found["config"] != configuration(setting, seed) or list(list(found["measured"].values())[1]) != expected:
+        raise SystemExit(f"{kept} holds a result of other settings than the study's; remove it")
+    return found
 
 
 def table(runs: list[dict[str, Any]], stage: int, names: list[str]) -> list[str]:
     """A column per setting: mean over its seeds of the mean dev score, and the tasks' own."""
     columns = {setting: [run for run in runs if run["setting"] == setting] for setting in SETTINGS}
     lines = [
-        f"| average | all settings | {' | '.join(f'`{setting}`' for setting in columns)} |",
-        "|---|---|" + "---|" * len(columns),
+        f"| average | retained | all runs | against {CHAIN} | {' | '.join(f'`{setting}`' for setting in columns)} |",
+        "|---|---|---|---|" + "---|" * len(columns),
     ]
 
     def of(run: dict[str, Any], name: str) -> list[float]:
@@ -297,8 +311,11 @@ def table(runs: list[dict[str, Any]], stage: int, names: list[str]) -> list[str]
         for found in columns.values():
             tasks = [mean([of(run, name)[i] for run in found]) for i in range(stage + 1)]
             cells.append(f"{mean(tasks):.1f} ({', '.join(f'{one:.0f}' for one in tasks)})")
-        overall = mean([mean(of(run, name)) for run in runs])
-        lines.append(f"| {name} | {overall:.1f} | {' | '.join(cells)} |")
+        overall = [mean(of(run, name)) for run in runs]
+        against = paired_p(overall, [mean(of(run, CHAIN)) for run in runs])
+        left = [list(run["measured"].values())[stage][name].get("retained") for run in runs]
+        retained = "–" if None in left else f"{mean(left):.2f}"
+        lines.append(f"| {name} | {retained} | {mean(overall):.1f} | {against} | {' | '.join(cells)} |")
     return lines
 
 
@@ -313,7 +330,9 @@ def page(runs: list[dict[str, Any]]) -> str:
             f"kitchen_intent (`reverse`: the other way round), 30 steps of {ROWS} rows a task, learning rate as the",
             f"column says, 40 dev rows a task, seeds {', '.join(map(str, SEEDS))}. In a setting all averages watch the",
             "same training; test rows are not looked at. Mean dev score over tasks and seeds, in brackets each task's,",
-            "in the order learned.",
+            "in the order learned. `retained`: Π β, the mean over tensors. Differences are means over runs with the p",
+            "of the paired t test (two-sided, not corrected for as many rows). AdamW's second moment is of clipped",
+            "gradients, the other readings are not.",
             f"{dates[0]} to {dates[-1]}; {versions}; one thread each.",
             "",
             "## Behind the second task",

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from lcia import training
+from lcia import machine, training
+from lcia.backbone import resolve_paths
 
 GOOD_ROW = {"input": "a", "instruction": "say", "output": "b"}
 Run = Callable[..., tuple[int, str, str]]
@@ -331,10 +333,20 @@ def test_mistakes_after_training(lcia, refused, config, tmp_path, arguments, mes
     assert message in refused(*(tmp_path / "out" if word == "RUN" else word for word in arguments))
 
 
-def test_doctor(lcia) -> None:
+def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LCIA_CACHE", str(tmp_path))
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "one.json").write_text("[]")
     code, out, _ = lcia("doctor", "--json")
     assert code == 0
-    assert "dtype" in json.loads(out)["facts"]
+    facts = json.loads(out)["facts"]
+    paths = resolve_paths("auto", "auto", torch.device("cpu"))
+    assert facts["dtype"].startswith(paths["dtype"])
+    assert facts["attention"].startswith(paths["attn_implementation"])
+    assert "saves 20% of a batch's tokens" in facts["batch beginnings"]
+    assert "saves 64 tokens of padding" in facts["prompts"]
+    assert "1 lists kept" in facts["answers"]
+    assert facts["freed memory"].startswith("kept" if machine.keep_freed_memory() else "given back")
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -165,7 +165,7 @@ def test_the_loss_is_the_plain_model_s(tiny_model: Path) -> None:
 
 def test_a_common_beginning_ends_before_the_first_answer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two conversations that go alike for two questions: what is computed once must not take answers in."""
-    monkeypatch.setattr(prefix, "_LEAST_SHARE", 0.0)
+    monkeypatch.setattr(prefix, "LEAST_SHARE", 0.0)
     backbone = load_backbone(str(tiny_model), dtype="float32")
     rows = [conversation(("how many", "two"), ("and now", "three"), ("sure", last), system="s") for last in ("y", "no")]
     batch = backbone.reader.collate([backbone.reader.encode(row) for row in rows])

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from torch.autograd.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import lcia.evaluation
 import lcia.learning
@@ -486,6 +487,44 @@ def test_a_time_is_given_where_steps_were_made(tiny_config: Config) -> None:
     assert not Path(config.output_dir).exists()
     with pytest.raises(UserError, match="leave out --gpus"):
         plan(config, measure=2, gpus=1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_operations_are_those_that_a_run_makes(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    """Torch's own counter around every real micro-batch; all rows are equally long."""
+    row = {"input": "one two three", "instruction": "say it", "output": "four"}
+    lines = [{**row, "id": str(i), "split": "train" if i < 12 else "test"} for i in range(16)]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tiny_config(
+        stream=[{"name": "same", "path": str(tmp_path / "same.jsonl")}],
+        tasks=None,
+        max_steps=-1,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+    )
+    planned = plan(config, tflops=2.0)
+    counted = 0
+    step = lcia.training.TaskTrainer.training_step
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal counted
+        with FlopCounterMode(display=False) as counter:
+            loss = step(*arguments, **options)
+        counted += counter.get_total_flops()
+        return loss
+
+    monkeypatch.setattr(lcia.training.TaskTrainer, "training_step", counting)
+    train(config)
+    assert counted > 0
+    assert planned.flops == pytest.approx(counted, rel=1e-3)
+    assert planned.training_s == pytest.approx(planned.flops / 2e12)
+    assert "floating-point operations in products of matrices" in printed(planned)
+    assert "if the device makes 2 · 10¹² of them a second" in printed(planned)
+    with pytest.raises(UserError, match="two ways to a time"):
+        plan(config, tflops=2.0, measure=1)
 
 
 def test_a_run_that_would_be_refused_is_not_planned(tiny_config: Config, tiny_stream: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_answers_are_those_of_the_prompts_one_by_one(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_prompts_of_like_length_are_passed_together(name: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against each prompt alone; one of them is nothing but its last token behind what all begin with."""
-    monkeypatch.setattr(prefix, "_LEAST_ON_CPU", 1)
+    monkeypatch.setattr(prefix, "LEAST_ON_CPU", 1)
     model = model_of(CONFIGS[name]).eval()
     lengths, passes = (3, 1, 7, 3, 9, 2), []
     prompts = [(*SHARED[:start], *range(20, 20 + length)) for length in lengths]

@@ -136,6 +136,9 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="Plan for so many GPUs instead of this machine.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB of one device: does it fit?")] = None,
     measure: Annotated[int, typer.Option(min=0, help="Make so many real steps here, and give a time.")] = 0,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="10^12 operations a second of a device: compute a time.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What a run will need: memory part by part, disk, steps. No weights are read and nothing is trained."""
@@ -144,7 +147,7 @@ def plan(
 
     checked = _config(config, overrides)
     with Reporter() as reporter:
-        planned = plan_run(checked, reporter, gpus, memory, measure)
+        planned = plan_run(checked, reporter, gpus, memory, measure, tflops)
     _emit(as_json, planned.as_dict(), planned)
 
 

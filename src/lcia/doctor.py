@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from lcia import processes
-from lcia.backbone import BUILT_IN, cache_dir, resolve_paths
+from lcia.backbone import BUILT_IN, cache_dir, prefix, resolve_paths
 from lcia.machine import keep_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
@@ -52,7 +52,11 @@ def examine() -> Findings:
         + (": fused attention's bfloat16 backward pass is slow on a CPU" if device.type == "cpu" else ""),
         "logits": "of answer tokens alone; the vocabulary's matrix is not multiplied with the prompt",
         "batch beginnings": _beginnings(device),
+        "LoRA": "added in the memory of a layer's output (plain linear layers; others as PEFT does)",
+        "prompts": f"identical ones once, batches of like length, and in a batch again where it saves {_saved(device)}",
         "answers": f"never made twice: {_kept_answers()} kept in the cache, by weights, prompts and decoding",
+        "image features": "of lite-llava's frozen tower: once per image, kept in the cache",
+        "averages": "one flat buffer for all tensors; no wait for the device but for one check of finite numbers",
         "processes": _processes(),
         "freed memory": "kept for reuse (mallopt)" if keep_freed_memory() else "given back to the system",
         "cache": f"{cache_dir()} ({shutil.disk_usage(_existing(cache_dir())).free / 2**30:.0f} GiB free)",
@@ -72,8 +76,17 @@ def examine() -> Findings:
 
 
 def _beginnings(device: torch.device) -> str:
-    where = ", where it saves 2048 tokens or more" if device.type == "cuda" else ""
-    return f"computed once for all rows{where} (not with dropout, windowed attention, FSDP2)"
+    where = f"where it saves {prefix.LEAST_SHARE:.0%} of a batch's tokens"
+    if device.type == "cuda":
+        where += f" and {prefix.LEAST_ON_GPU:,}"
+    return (
+        f"computed once for all rows {where} (not with dropout, windowed attention, activation checkpointing, FSDP2, "
+        "encoder-decoders, rows with weights of their own; of models with images: LLaVA's)"
+    )
+
+
+def _saved(device: torch.device) -> str:
+    return f"{prefix.LEAST_ON_GPU if device.type == 'cuda' else prefix.LEAST_ON_CPU:,} tokens of padding"
 
 
 def _kept_answers() -> str:

@@ -19,9 +19,9 @@ from transformers.cache_utils import DynamicLayer
 
 from lcia.processes import is_sharding
 
-_LEAST_SHARE = 0.2  # of a batch's tokens: below, the second pass through the model costs what it saves
-_LEAST_ON_CPU = 64  # tokens that another pass over some of a batch's prompts must save
-_LEAST_ON_GPU = 2048  # tokens that any other pass must save: there one over few tokens costs its kernel launches
+LEAST_SHARE = 0.2  # of a batch's tokens: below, the second pass through the model costs what it saves
+LEAST_ON_CPU = 64  # tokens that another pass over some of a batch's prompts must save
+LEAST_ON_GPU = 2048  # tokens that any other pass must save: there one over few tokens costs its kernel launches
 
 
 def of_batch(
@@ -57,7 +57,7 @@ def of_batch(
 def _cache(model: torch.nn.Module, prefix: torch.Tensor, rows: int, tokens: int) -> DynamicCache | None:
     """The cache of `prefix` (1, P) for `rows` rows, where it pays for a batch of so many `tokens`."""
     saved = (rows - 1) * prefix.shape[1]
-    if saved < _LEAST_SHARE * tokens or (prefix.is_cuda and saved < _LEAST_ON_GPU):
+    if saved < LEAST_SHARE * tokens or (prefix.is_cuda and saved < LEAST_ON_GPU):
         return None
     if not _goes_on_from_caches(model):
         return None
@@ -93,7 +93,7 @@ def of_prompts(
     first = 0 if begun is None else begun.get_seq_length()
     width = ids.shape[1] - 1 - first
     lengths = (mask[:, first:-1].sum(dim=1)).tolist()  # own tokens that are passed now
-    parts = _of_like_length(lengths, _LEAST_ON_GPU if ids.is_cuda else _LEAST_ON_CPU)
+    parts = _of_like_length(lengths, LEAST_ON_GPU if ids.is_cuda else LEAST_ON_CPU)
     if len(parts) == 1 or is_sharding() or not _goes_on_from_caches(model):
         return None
     filled: list[tuple[list[int], int, DynamicCache]] = []

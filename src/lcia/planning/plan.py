@@ -72,6 +72,7 @@ class StagePlan:
     is_new: bool
     rows: int  # an epoch's: those of the tasks, and what the method adds
     steps: int
+    tokens: int  # trained on in all steps, on all devices, padding not counted
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class InitPlan:
 
     tasks: tuple[TaskPlan, ...]
     stage: StagePlan
+    flops: int  # floating-point operations of all its training
     train_batch: Batch
     training: Moment
     devices: Devices | None
@@ -145,6 +147,8 @@ class Plan:
     tasks: tuple[TaskPlan, ...]
     stages: tuple[StagePlan, ...]
     evaluations: Evaluations
+    flops: int | None  # floating-point operations of all training, on all devices; None: nothing is trained
+    tflops: float | None  # 10¹² of them a second on each device, as asked
     measured: Measured | None
     notes: tuple[str, ...]
 
@@ -163,8 +167,12 @@ class Plan:
 
     @property
     def training_s(self) -> float | None:
-        """At the rate that was measured; evaluation is not in it."""
-        return None if self.measured is None else self.steps * self.measured.seconds_per_step
+        """At the rate that was measured, or asked; evaluation is not in it."""
+        if self.measured is not None:
+            return self.steps * self.measured.seconds_per_step
+        if self.tflops is None or self.flops is None:
+            return None
+        return self.flops / (self.tflops * 1e12 * (self.devices.gpus if self.devices else 1))
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "steps": self.steps, "peak": self.peak, "training_s": self.training_s}
@@ -181,6 +189,7 @@ def plan_run(
     gpus: int | None = None,
     memory_gib: float | None = None,
     measure: int = 0,
+    tflops: float | None = None,
 ) -> Plan:
     """Plan what `lcia train` would do; nothing is written, and no weights are read but by `measure`.
 
@@ -188,12 +197,15 @@ def plan_run(
         gpus: so many of them, each with the batch size of the configuration; None: this machine.
         memory_gib: of one device, to be compared with.
         measure: real optimizer steps to be timed on this machine; 0: no time is given.
+        tflops: 10¹² floating-point operations a second that each device is taken to make, to give a time.
 
     Raises:
         UserError: configuration, data or model that `lcia train` would refuse, or options that exclude each other.
     """
     if measure and gpus is not None:
         raise UserError("plan: --measure times this machine; leave out --gpus")
+    if measure and tflops is not None:
+        raise UserError("plan: --measure and --tflops are two ways to a time; give one of them")
     device = "cuda" if gpus is not None or torch.cuda.is_available() else "cpu"
     init = _init(config, device, gpus, reporter)
     backbone = outline(config, device)
@@ -207,7 +219,7 @@ def plan_run(
     weights = _weights(backbone)
     found, how = _rehearsed(config, backbone, stream, Batches(train, test), rows, device, (gpus or 1) > 1, reporter)
 
-    stages = _stages(found, config, gpus or 1)
+    stages = _stages(found, config, gpus or 1, rows)
     training = Moment.of(found.training) if found.training else None
     measured = None
     if measure and stages:
@@ -245,6 +257,8 @@ def plan_run(
         tasks=tuple(_task(task, found, rows, len(_answered(task, config))) for task in stream),
         stages=stages,
         evaluations=count_evaluations([task.name for task in stream], found.stages, changes),
+        flops=_flops(found, stages, train_batch) + (0 if init is None else init.plan.flops) if train_batch else None,
+        tflops=tflops,
         measured=measured,
         notes=tuple(_notes(config, method, stream, rows, gpus)),
     )
@@ -275,7 +289,8 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     found, _ = _rehearsed(own, backbone, stream, Batches(train, ()), rows, device, (gpus or 1) > 1, reporter)
     plan = InitPlan(
         tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
-        stage=_stages(found, own, gpus or 1)[0],
+        stage=_stages(found, own, gpus or 1, rows)[0],
+        flops=_flops(found, _stages(found, own, gpus or 1, rows), batch),
         train_batch=batch,
         training=Moment.of(found.training),
         devices=_devices(gpus, found, method, weights, config),
@@ -388,7 +403,7 @@ def _task(task: Task, found: Rehearsal, rows: _Rows, eval_rows: int) -> TaskPlan
     )
 
 
-def _stages(found: Rehearsal, config: RunConfig, processes: int) -> tuple[StagePlan, ...]:
+def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows) -> tuple[StagePlan, ...]:
     values = {"report_to": "none", **config.training_arguments()}
     arguments = TrainingArguments(output_dir=config.output_dir, **values)
 
@@ -396,10 +411,23 @@ def _stages(found: Rehearsal, config: RunConfig, processes: int) -> tuple[StageP
         limit = config.max_steps * len(stage.tasks) if config.max_steps > 0 else -1
         return optimizer_steps(len(stage.rows), arguments, limit, processes)
 
+    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
+
+    def tokens(stage: StageRehearsed) -> int:
+        mean = sum(lengths.lengths(row).total for row in stage.rows) / len(stage.rows)
+        return round(mean * steps(stage) * per_step)
+
     return tuple(
-        StagePlan(stage.tasks, stage.placement.adapter, stage.placement.is_new, len(stage.rows), steps(stage))
+        StagePlan(
+            stage.tasks, stage.placement.adapter, stage.placement.is_new, len(stage.rows), steps(stage), tokens(stage)
+        )
         for stage in found.stages
     )
+
+
+def _flops(found: Rehearsal, stages: Sequence[StagePlan], longest: Batch) -> int:
+    """Of all training, at the rate per token of the longest micro-batch: attention grows with length."""
+    return round(found.flops / longest.tokens * sum(stage.tokens for stage in stages))
 
 
 # --- memory

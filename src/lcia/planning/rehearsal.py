@@ -25,6 +25,7 @@ from lcia.config import RunConfig
 from lcia.evaluation import Decoding, generate_answers
 from lcia.methods import Combined, Method, Placement, Training, build_method
 from lcia.methods.memory import EpisodicMemory
+from lcia.planning.flops import Flops
 from lcia.planning.live import Bytes, LiveBytes
 from lcia.planning.parts import ACTIVATIONS, ADAPTERS, BASE, CACHE, GRADIENTS, LOGITS, METHOD, OPTIMIZER
 from lcia.planning.zeros import floats_are_zero
@@ -47,13 +48,14 @@ class StageRehearsed:
 
 @dataclass
 class Rehearsal:
-    """What a run makes and holds, in bytes."""
+    """What a run makes and holds, in bytes where nothing else is said."""
 
     stages: list[StageRehearsed] = field(default_factory=list)
     adapters: dict[str, int] = field(default_factory=dict)  # adapter → its trained numbers
     projector: int = 0  # of these, the projector's
     optimizer: int = 0  # states of the optimizer, for one adapter
     training: Bytes = field(default_factory=dict)  # all parts, when their sum is largest
+    flops: int = 0  # floating-point operations of training on the longest micro-batch
     sharded: Bytes = field(default_factory=dict)  # the same, no beginnings of rows shared: FSDP2 cannot
     closing: Bytes = field(default_factory=dict)  # the same, when a task is closed
     evaluating: Bytes = field(default_factory=dict)
@@ -192,8 +194,15 @@ class _Run:
                 optimizer.zero_grad()
             gc.collect()
             self.live.forget_peak()
-            self._step(self.batches.train, parameters, optimizer)
+            with Flops() as flops:
+                self._step(self.batches.train, parameters, optimizer)
+        self.found.flops = max(self.found.flops, flops.total // self._micro_batches)
         return dict(self.live.at_peak)
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of a rehearsed step."""
+        return int(min(2, self.arguments.gradient_accumulation_steps))
 
     @contextmanager
     def _begun(
@@ -244,7 +253,7 @@ class _Run:
 
         hooks = [weights.register_post_accumulate_grad_hook(kept) for weights in parameters.values()]
         with live.part(ACTIVATIONS):
-            for _ in range(min(2, settings.gradient_accumulation_steps)):
+            for _ in range(self._micro_batches):
                 logits, targets = answer_logits(model, batch)  # (N, V), (N,)
                 loss = cross_entropy(logits, targets, reduction="sum") / len(targets)
                 answer_tokens = torch.tensor(float(len(targets)), device=logits.device)
@@ -310,7 +319,7 @@ def deeper(first: Rehearsal, second: Rehearsal, more: float) -> Rehearsal:
     def line(one: Bytes, other: Bytes) -> Bytes:
         return _extrapolated(one, other, more)
 
-    names = ("projector", "optimizer")
+    names = ("projector", "optimizer", "flops")
     numbers = line({name: getattr(first, name) for name in names}, {name: getattr(second, name) for name in names})
     states = [
         replace(late, state=line({"": early.state}, {"": late.state})[""])
@@ -322,6 +331,7 @@ def deeper(first: Rehearsal, second: Rehearsal, more: float) -> Rehearsal:
         projector=numbers["projector"],
         optimizer=numbers["optimizer"],
         training=line(first.training, second.training),
+        flops=numbers["flops"],
         sharded=line(first.sharded, second.sharded),
         closing=line(first.closing, second.closing),
         evaluating=line(first.evaluating, second.evaluating),

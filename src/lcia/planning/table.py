@@ -130,8 +130,17 @@ def _disk(plan: Plan) -> str:
 
 
 def _time(plan: Plan) -> Iterator[str]:
+    if plan.flops is not None:
+        yield f"training: {plan.flops:.2g} floating-point operations in products of matrices"
+    if plan.tflops is not None and plan.training_s is not None:
+        many = f"each of {plan.devices.gpus} GPUs" if plan.devices and plan.devices.gpus > 1 else "the device"
+        yield (
+            f"time: {_clock(plan.training_s)} of training, if {many} makes {plan.tflops:g} · 10¹² of them a second, "
+            "whatever else a step does included; computed, not measured; evaluation is not in it"
+        )
+        return
     if plan.measured is None or plan.training_s is None:
-        yield "time: not measured (--measure N makes N steps)"
+        yield "time: not measured (--measure N makes N steps, --tflops X computes it)"
         return
     m = plan.measured
     yield (
