@@ -1,4 +1,4 @@
-"""Real steps on this machine: the only source of a time in a plan."""
+"""Real steps on this machine: the only measured time in a plan."""
 
 from __future__ import annotations
 
