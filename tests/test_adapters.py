@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -128,12 +129,13 @@ def test_a_mixed_batch_gives_what_each_row_gives_alone(pool: AdapterPool, tiny_m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [4, 6])  # of r = 3: a scale that is no power of two, and one that is
 @pytest.mark.parametrize("names", [["one"], ["one", "two"], None])
-def test_a_layer_is_w_x_plus_s_b_a_x(dtype: torch.dtype, names: list[str] | None) -> None:
-    """Forward and gradients against float64; None: a row of each and one of none, bit for bit as alone."""
+def test_a_layer_is_w_x_plus_s_b_a_x(dtype: torch.dtype, alpha: int, names: list[str] | None) -> None:
+    """Forward and gradients against float64, and PEFT's own bit for bit; None: a row of each and one of none."""
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(6, 5).to(dtype).requires_grad_(False))
-    config = LoraConfig(r=3, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+    config = LoraConfig(r=3, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(base, config, adapter_name="one", autocast_adapter_dtype=True)
     model.add_adapter("two", config)
     use_own_forward(model)
@@ -143,7 +145,7 @@ def test_a_layer_is_w_x_plus_s_b_a_x(dtype: torch.dtype, names: list[str] | None
     each = [["one"], ["two"], []] if names is None else [names] * 3
 
     def expected(one: torch.Tensor, active: list[str]) -> torch.Tensor:
-        scale = 4 / 3
+        scale = alpha / 3
         parts = [scale * layer.lora_B[n].weight.double() @ layer.lora_A[n].weight.double() for n in active]
         weight = layer.base_layer.weight.double() + sum(parts, torch.zeros(5, 6, dtype=torch.float64))
         return one.double() @ weight.T + layer.base_layer.bias.double()
@@ -162,6 +164,7 @@ def test_a_layer_is_w_x_plus_s_b_a_x(dtype: torch.dtype, names: list[str] | None
         assert torch.equal(layer.base_layer(x[2]), found[2])
         return
     weights = [layer.lora_A[names[0]].weight, layer.lora_B[names[0]].weight, x]
+    assert torch.equal(found, peft.tuners.lora.Linear.forward(layer, x))
     mine = torch.autograd.grad(found.double().square().sum(), weights)
     right = torch.autograd.grad(wanted.square().sum(), weights)
     loose = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-1}

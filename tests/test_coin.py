@@ -863,7 +863,7 @@ def test_prepare_says_what_is_missing_and_what_can_run(
     for words in (
         "2 of 8 tasks ready: TextVQA, VQAv2; partly: GQA, Grounding",
         "images GQA/images: 2 of 4 there, 1 missing: image 'GQA/images/2.png' does not exist in",
-        "cl_dataset, 1 of no bytes: get them again",
+        ", 1 of no bytes: get them again",
         "images OCR-VQA/images: 0 of 4 there",
         "images are opened when a run begins: one that is cut off is found then",
     ):

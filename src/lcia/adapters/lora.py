@@ -1,13 +1,13 @@
-"""A LoRA layer's own forward: PEFT's sum, with fewer passes over the memory of the output.
+"""A LoRA layer's own forward: PEFT's numbers, bit for bit, with fewer passes over the memory of the output.
 
-W x + s B A x (LoRA, arXiv 2106.09685). The scale s goes to the r inner values instead of all outputs, and the product
-is added to the base layer's output where that lies, computed in float32 and rounded once to its dtype. The rows of a
-batch that mixes adapters are computed as in a batch of one.
+W x + s B A x (LoRA, arXiv 2106.09685). A scale s that is a power of two changes no digit, and goes to the r inner
+values instead of all outputs. The product is added to the base layer's output where that lies: the sum is float32's,
+rounded once to the dtype of the output. The rows of a batch that mixes adapters are computed as in a batch of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
@@ -15,34 +15,31 @@ from peft.tuners.lora import Linear
 
 
 class LoraLinear(Linear):
-    """PEFT's layer of a linear one; what is not plain LoRA (merged, switched off, a variant of it) is left to PEFT."""
+    """PEFT's layer of a linear one; what is not one plain LoRA (several, merged, a variant) is left to PEFT."""
 
     def forward(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         """(..., in) to (..., out); `adapter_names`: one for each row."""
         rows: list[str] | None = options.get("adapter_names")
-        others = args or set(options) - {"adapter_names"}
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        others = args or set(options) - {"adapter_names"} or (rows is None and len(active) != 1)
         if others or self.disable_adapters or self.merged or self.lora_variant:
             whole: torch.Tensor = super().forward(x, *args, **options)
             return whole
         result: torch.Tensor = self.base_layer(x)
         if rows is None:
-            return self._plus(result, x, self.active_adapters)
+            return result.add_(self._added(x, active[0]))
         for name in dict.fromkeys(rows):
-            mine = [i for i, row in enumerate(rows) if row == name]
-            result[mine] = self._plus(result[mine], x[mine], [name])
+            if name in self.lora_A:
+                mine = [i for i, row in enumerate(rows) if row == name]
+                result[mine] = result[mine].add_(self._added(x[mine], name))
         return result
 
-    def _plus(self, result: torch.Tensor, x: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
-        """`result` and what `adapters` add to it, in its memory."""
-        added: torch.Tensor | None = None
-        for name in adapters:
-            if name not in self.lora_A:
-                continue
-            down, up = self.lora_A[name], self.lora_B[name]
-            inner = down(self.lora_dropout[name](x.to(down.weight.dtype))) * self.scaling[name]
-            outer = up(inner)
-            added = outer if added is None else added + outer
-        return result if added is None else result.add_(added)
+    def _added(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """s B A x, in the adapter's dtype."""
+        down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        inner = down(self.lora_dropout[name](x.to(down.weight.dtype)))
+        outer: torch.Tensor = up(inner * scale) if math.frexp(scale)[0] == 0.5 else up(inner) * scale
+        return outer
 
 
 def use_own_forward(model: torch.nn.Module) -> None:
