@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from lcia.errors import UserError
 from lcia.session import check_sharding
+from tiny_vision import square_stream, tiny_llava
 
 Config = Callable[..., Any]
 FSDP = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
@@ -188,3 +189,33 @@ def test_the_callback_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
     assert averages
     assert all(torch.allclose(kept[0][key], kept[1][key], atol=1e-6) for key in averages)
     assert any(not torch.equal(alone[f"average/{name}"], kept[0][f"average/{name}"]) for name in ("body.0.weight",))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "sharding"),
+    [
+        ("lcia", {}, {}),
+        ("lcia", {}, {"program": FSDP, **FSDP_SETTINGS}),
+        ("ewc", {}, {}),
+        ("eproj", {}, {}),
+        ({"name": "moelora", "experts": 2}, {"activation_checkpointing": True}, {}),
+    ],
+    ids=["lcia", "lcia in shards", "ewc", "eproj", "moelora checkpointed"],
+)
+def test_two_processes_learn_what_is_shown_as_one(
+    method: Any, changes: Any, sharding: Any, tiny_config: Config, tmp_path: Path
+) -> None:
+    """One row a process and micro-batch: where it has no image, the projector has no part in that forward pass."""
+    (tmp_path / "rows").mkdir()
+    own = {"model": str(tiny_llava(tmp_path)), "stream": str(square_stream(tmp_path / "rows")), "max_steps": 4}
+    common = {**own, "tasks": ["colours", "tints"], "method": method, "projector_learning_rate": 0.1, **changes}
+    alone = config_file(tmp_path, tiny_config, "alone", per_device_train_batch_size=2, **common)
+    two = config_file(tmp_path, tiny_config, "two", per_device_train_batch_size=1, **common)
+    (one,) = launch(["train", str(alone), "--json"], 1)
+    both = launch(["train", str(two), "--json"], 2, **sharding)
+    assert one.returncode == 0, one.stderr
+    assert [process.returncode for process in both] == [0, 0], both[0].stderr + both[1].stderr
+    assert json.loads(both[0].stdout)["matrix"] == json.loads(one.stdout)["matrix"]
+    theirs = adapters(tmp_path / "two")
+    for key, value in adapters(tmp_path / "alone").items():
+        assert torch.allclose(theirs[key], value, atol=1e-5), key

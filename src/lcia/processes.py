@@ -10,7 +10,10 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
+
+if TYPE_CHECKING:  # a command that is alone may not need it
+    import torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,6 +52,18 @@ def is_main() -> bool:
 def is_sharding() -> bool:
     """Whether training spreads the model's weights over them, as the launcher was told."""
     return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def name_layers(model: torch.nn.Module) -> None:
+    """Tell accelerate which layers FSDP2 shards one by one, where the launcher was not told.
+
+    transformers names them for all models of a family: for LLaVA with any tower those of all towers, at the first of
+    which that the model does not have accelerate would stop.
+    """
+    there = {type(module).__name__ for module in model.modules()}
+    named = [name for name in getattr(model, "_no_split_modules", None) or () if name in there]
+    if named:
+        os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(named)))
 
 
 def leave(code: int) -> NoReturn:

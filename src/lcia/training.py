@@ -20,7 +20,7 @@ from lcia.early_stopping import EarlyStopping
 from lcia.ema.sharding import local
 from lcia.errors import UserError
 from lcia.methods import Method, Placement, Training
-from lcia.processes import is_sharding, on_main
+from lcia.processes import is_sharding, name_layers, on_main
 from lcia.stream import Row, Task
 
 LogFunction = Callable[[dict[str, Any]], None]  # one dict per optimizer step
@@ -231,19 +231,13 @@ class TaskTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self.accelerator.unscale_gradients()
-        self._see_grads()
-        return super()._clip_grad_norm(model)
-
-    def _see_grads(self) -> None:
-        for parameter in self._projector_weights() if self._projector else []:
-            if parameter.grad is None:  # no row of this step had an image: the loss does not depend on it
-                parameter.grad = torch.zeros_like(parameter)
         self._method.see_grads()
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self.args.max_grad_norm <= 0:  # then nothing was clipped and `_clip_grad_norm` not called
             self.accelerator.unscale_gradients()
-            self._see_grads()
+            self._method.see_grads()
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
 
@@ -293,6 +287,8 @@ def learn_task(
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
     )
+    if is_sharding():
+        name_layers(model)
     moments = _Moments(method, task, placement, [row for row, _ in rows], checkpoint, early_stopping, on_record)
     trainer = TaskTrainer(
         model=model,

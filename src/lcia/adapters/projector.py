@@ -52,6 +52,8 @@ class Projectors:
 
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         self.path = path
+        self._model = model
+        self._called = False  # in the forward pass that is being made
         self.active: str | None = None  # None: the base's own
         self._module = model.get_submodule(path)
         self._untrained = copy.deepcopy(self._module).float()
@@ -61,7 +63,11 @@ class Projectors:
         """A copy that starts as the base's projector."""
         if not self._attached:
             self._module.add_module(CHILD, torch.nn.ModuleDict())
-            self._hook = self._module.register_forward_hook(self._instead, with_kwargs=True)
+            self._hooks = [
+                self._module.register_forward_hook(self._instead, with_kwargs=True),
+                self._model.register_forward_pre_hook(self._begun),
+                self._model.register_forward_hook(self._take_part),
+            ]
             self._attached = True
         device = next(self._module.parameters()).device
         made = copy.deepcopy(self._untrained).to(device).requires_grad_(False)
@@ -90,7 +96,8 @@ class Projectors:
             own = self._module.get_submodule(f"{CHILD}.{key_of(name)}")
             for key, weights in own.named_parameters():
                 self._module.get_parameter(key).copy_(weights)
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         delattr(self._module, CHILD)
         self._attached = False
 
@@ -110,11 +117,25 @@ class Projectors:
     def _instead(
         self, module: torch.nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor | None:
+        self._called = True
         if self.active is None:
             return None  # the output stays as it is
         own = module.get_submodule(f"{CHILD}.{key_of(self.active)}")
         result: torch.Tensor = own(*map(_wide, inputs), **{key: _wide(value) for key, value in options.items()})
         return result.to(output.dtype)
+
+    def _begun(self, model: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._called = False
+
+    def _take_part(self, model: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A projector that is trained, in a batch without images: its gradient is 0, not missing. Each process of
+        several may have such batches, and DDP waits for the gradients of what took part in its forward pass.
+        """
+        if self.active is None or self._called or not torch.is_grad_enabled():
+            return
+        trained = [weights for weights in self.parameters(self.active).values() if weights.requires_grad]
+        if trained:
+            output.logits = output.logits + 0 * torch.stack([weights.sum() for weights in trained]).sum()
 
 
 def _wide(value: Any) -> Any:

@@ -261,9 +261,6 @@ class _Run:
                 penalty = self.method.penalty({**batch, "answer_logits": logits, **sizes})
                 (loss if penalty is None else loss + penalty).backward()
                 del logits, loss, penalty
-            for weights in parameters.values():
-                if weights.grad is None:  # of a projector that no row's image went through
-                    weights.grad = torch.zeros_like(weights)
             self.method.see_grads()
             if settings.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
