@@ -195,7 +195,7 @@ def test_the_callback_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
     ("method", "changes", "sharding"),
     [
         ("lcia", {}, {}),
-        ("lcia", {}, {"program": FSDP, **FSDP_SETTINGS}),
+        ("lcia", {"tasks": ["colours", "paints"]}, {"program": FSDP, **FSDP_SETTINGS}),  # all rows have images
         ("ewc", {}, {}),
         ("eproj", {}, {}),
         ({"name": "moelora", "experts": 2}, {"activation_checkpointing": True}, {}),
@@ -219,3 +219,13 @@ def test_two_processes_learn_what_is_shown_as_one(
     theirs = adapters(tmp_path / "two")
     for key, value in adapters(tmp_path / "alone").items():
         assert torch.allclose(theirs[key], value, atol=1e-5), key
+
+
+def test_rows_with_and_without_images_are_not_sharded(tiny_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    own = {"model": str(tiny_llava(tmp_path)), "stream": str(square_stream(tmp_path / "rows")), "tasks": ["tints"]}
+    path = config_file(tmp_path, tiny_config, "mixed", **own)
+    both = launch(["train", str(path)], 2, FSDP, **FSDP_SETTINGS)
+    assert [process.returncode for process in both] == [2, 2], both[0].stderr + both[1].stderr
+    assert "task 'tints': 8 of 12 rows have images, and under FSDP2 all of them must, or none" in both[0].stderr
+    assert not (tmp_path / "mixed").exists()

@@ -17,7 +17,7 @@ from lcia.processes import is_sharding
 from lcia.progress import Reporter
 from lcia.results import parameter_counts, peak_memory_mib
 from lcia.seeds import stable_seed
-from lcia.session import Session
+from lcia.session import Session, check_sharded_rows
 from lcia.stream import Row, Task
 from lcia.training import learn_task
 
@@ -31,7 +31,9 @@ def learn_stage(session: Session, stage: Sequence[Task], reporter: Reporter) -> 
         pool.add(placement.adapter, start=placement.start)
     untouched = {name: pool.sha256(name) for name in pool.names if name != placement.adapter}
     pool.train_only(placement.adapter, placement.beneath)
-    rows, left_out = _encode(session, method.feed(task.train, placement))
+    fed = method.feed(task.train, placement)
+    check_sharded_rows(task.name, fed)
+    rows, left_out = _encode(session, fed)
     if left_out:
         limits = session.backbone.layout.limit_text(config)
         reporter.done(f"  {task.name}: {left_out} training rows exceed {limits}, left out")

@@ -10,10 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
-
-if TYPE_CHECKING:  # a command that is alone may not need it
-    import torch
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,13 +51,15 @@ def is_sharding() -> bool:
     return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def name_layers(model: torch.nn.Module) -> None:
+def name_layers(model: Any) -> None:
     """Tell accelerate which layers FSDP2 shards one by one, where the launcher was not told.
 
-    transformers names them for all models of a family: for LLaVA with any tower those of all towers, at the first of
-    which that the model does not have accelerate would stop.
+    transformers names them for all models of a family: for LLaVA those of any tower, at the first of which that the
+    model does not have accelerate would stop. Of a model that sees, only the language model's are named: a process
+    whose rows have no images does not go through the tower, and the others would wait for it there.
     """
-    there = {type(module).__name__ for module in model.modules()}
+    sees = getattr(model.config, "vision_config", None) is not None
+    there = {type(module).__name__ for module in (model.get_decoder() if sees else model).modules()}
     named = [name for name in getattr(model, "_no_split_modules", None) or () if name in there]
     if named:
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(named)))

@@ -389,12 +389,27 @@ def check_sharding(config: RunConfig) -> None:
         )
 
 
+def check_sharded_rows(name: str, rows: Sequence[Row]) -> None:
+    """Raises UserError where weights are spread over processes, and only some of the rows that are learned have images.
+
+    A process whose rows have none would not go through the vision tower, for which the others wait.
+    """
+    seeing = sum(bool(row.images) for row in rows)
+    if is_sharding() and 0 < seeing < len(rows):
+        raise UserError(
+            f"task {name!r}: {seeing} of {len(rows)} rows have images, and under FSDP2 all of them must, or none; use "
+            "DDP, or a stream without the others"
+        )
+
+
 def check_images(stream: Stream, model: str, reporter: Reporter) -> None:
     """Open every image once, before any training.
 
     Raises:
         UserError: an image cannot be used, or the model reads text only; names the first row.
     """
+    for task in stream:
+        check_sharded_rows(task.name, task.train)
     rows = [row for task in stream for row in _rows_of(task) if row.images]
     if not rows:
         return
