@@ -8,7 +8,7 @@ The second task is what rules, readings of F_new and the importance of the produ
 goes on from the constant's average; behind the third one, only what is handed on from two tasks is compared. Rows are
 passed backward one by one, so that `per_example` is what it says; the gradient of a step is the same.
 
-results/ema_watched/SETTING.json each, results/ema_watched.md; about 90 minutes on 2 CPU cores, two settings at a time.
+results/ema_watched/SETTING-seedN.json each, results/ema_watched.md; about half an hour on 2 CPU cores.
 """
 
 from __future__ import annotations

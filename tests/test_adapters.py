@@ -172,6 +172,15 @@ def test_a_layer_is_w_x_plus_s_b_a_x(dtype: torch.dtype, alpha: int, names: list
         torch.testing.assert_close(one.double(), other.double(), **loose)
 
 
+def test_tokens_of_all_rows_in_one_line_are_not_taken_for_rows() -> None:
+    """OPT and experts pass (B L, d): names of B rows say nothing about it."""
+    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config, adapter_name="one")
+    use_own_forward(model)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model.base_model.model[0](torch.randn(6, 6), adapter_names=["one", "__base__"])
+
+
 def test_a_layer_that_is_not_plain_is_pefts(pool: AdapterPool) -> None:
     """Merged, or switched off by PEFT's own means."""
     pool.add("a")

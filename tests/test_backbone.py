@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_damaged_weights_are_the_users_error(tiny_model: Path, tmp_path: Path) -
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
         load_backbone(str(tmp_path))
+
+
+def test_a_readers_settings_do_not_follow_its_calls(tiny_model: Path, tmp_path: Path) -> None:
+    """Nor padding and truncation that a tokenizer.json brings; they do follow the template."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    truncation = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "truncation": truncation}))
+    reader = load_backbone(str(tmp_path / "model"), dtype="float32").reader
+    before = reader.settings()
+    reader.tokenizer(["a", "b c"], padding=True)
+    assert reader.settings() == before
+    reader.chat.chat_template = "other"
+    assert reader.settings() != before
 
 
 def test_the_fingerprint_follows_the_weights(tiny_model: Path) -> None:

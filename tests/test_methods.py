@@ -463,6 +463,8 @@ def test_an_unknown_option_is_refused(documented, method) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
+        ("lcia", {"retained": None}, "retained is null"),
+        ("lcia", {"rule": "fisher", "retained": 0.3}, "the rule fisher has no constant"),
         ("lcia", {"retained": 0.3, "fallback": 0.99}, "retained and fallback are two ways"),
         ("stable_ema", {"retained": 0.3, "beta": 0.99}, "retained and beta are two ways"),
         ("llaca", {"strength": 0.3}, "strength: only the rule fisher has it; this rule is fixed"),

@@ -125,6 +125,23 @@ def test_prompts_of_like_length_are_passed_together(name: str, start: int, monke
         assert found.tolist()[: len(expected)] == expected
 
 
+def test_rows_with_weights_of_their_own_are_passed_in_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever told the model the queries of all rows does not hear of parts."""
+    monkeypatch.setattr(prefix, "LEAST_ON_CPU", 1)
+    monkeypatch.setattr(prefix, "of_prompts", lambda *_: pytest.fail("cut into parts"))
+    model = model_of(CONFIGS["llama"]).eval()
+    batch = collate([Encoded((20, 21), ()), Encoded((*SHARED, 22), ())], pad_id=0)
+    assert DECODER_ONLY.generate(model, {**batch, "query": torch.zeros(2, 3)}, 2).shape[0] == 2
+
+
+def test_keys_that_follow_the_longest_position_of_a_pass_are_not_gone_on_from() -> None:
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    for kind, goes_on in (("default", True), ("dynamic", False)):
+        rope = {**plain, "rope_type": kind, **({} if goes_on else {"factor": 2.0})}
+        model = model_of(LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=rope))
+        assert prefix._goes_on_from_caches(model) == goes_on
+
+
 @given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=20), least=st.integers(1, 60))
 def test_every_cut_saves_enough_and_none_is_left_out(lengths: list[int], least: int) -> None:
     parts = prefix._of_like_length(lengths, least)

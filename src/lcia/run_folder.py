@@ -177,10 +177,13 @@ class RunFolder:
         known = self.records("run_began", "init_learned")
         return str(known[-1]["base_sha256"]) if known else None
 
-    def reader_sha256(self) -> str | None:
-        """Of what made tokens and pixels when the run began; None before that, or of an older run."""
+    def reader_sha256(self, versions: Mapping[str, str]) -> str | None:
+        """Of what made tokens and pixels when the run began; None before that, of an older run, or where transformers
+        is another one by now, which may write the same settings otherwise.
+        """
         known = self.records("run_began")
-        return known[-1].get("reader_sha256") if known else None
+        same = known and known[-1]["versions"].get("transformers") == versions["transformers"]
+        return known[-1].get("reader_sha256") if same else None
 
     def init_model(self) -> Path | None:
         """The model that the Init stage left; None where there is no such stage, or it is not finished.

@@ -132,7 +132,7 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
             "belong to the old ones"
         )
     backbone = _as_configured(backbone, config)
-    if folder.reader_sha256() not in (None, _sha256(backbone.reader.settings())):
+    if folder.reader_sha256(library_versions()) not in (None, _sha256(backbone.reader.settings())):
         raise UserError(
             f"{folder.path}: the tokenizer or image processor of model {backbone.name} is not the one the run began "
             "with, or another library scales its images now (torchvision was installed or removed); its adapters "
@@ -375,6 +375,8 @@ def check_sharding(config: RunConfig) -> None:
         raise UserError(
             "the launcher asks for DeepSpeed, whose weights and gradients nobody can read; use DDP or FSDP2"
         )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp16":
+        raise UserError("the launcher asks for fp16, whose gradients are scaled; write mixed_precision: no")
     if not is_sharding():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":

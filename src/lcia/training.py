@@ -230,13 +230,11 @@ class TaskTrainer(Trainer):
         """Nothing yet: `_Moments` loads the weights when the method has seen those before the task."""
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self.accelerator.unscale_gradients()
         self._method.see_grads()
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self.args.max_grad_norm <= 0:  # then nothing was clipped and `_clip_grad_norm` not called
-            self.accelerator.unscale_gradients()
             self._method.see_grads()
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 

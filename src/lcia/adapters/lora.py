@@ -22,7 +22,8 @@ class LoraLinear(Linear):
         rows: list[str] | None = options.get("adapter_names")
         active = [name for name in self.active_adapters if name in self.lora_A]
         others = args or set(options) - {"adapter_names"} or (rows is None and len(active) != 1)
-        if others or self.disable_adapters or self.merged or self.lora_variant:
+        others = others or (rows is not None and len(rows) != len(x))  # tokens of all rows in one line: PEFT refuses
+        if others or self.disable_adapters or self.merged or self.lora_variant or any(self.lora_bias.values()):
             whole: torch.Tensor = super().forward(x, *args, **options)
             return whole
         result: torch.Tensor = self.base_layer(x)

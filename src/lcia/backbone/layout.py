@@ -114,7 +114,7 @@ class DecoderOnly(Layout):
         if cache is not None:  # generate wants the tokens whose keys and values it is given
             start = int(batch["attention_mask"][0].argmax())
             ids = torch.cat([ids[:1, start : start + shared].expand(len(ids), -1), ids[:, -length:]], dim=1)
-        if not options:
+        if not options and "query" not in batch:  # neither are rows whose weights follow a query cut into parts
             cache = self._filled(model, batch, ids, mask, cache)
         output = model.generate(
             input_ids=ids,

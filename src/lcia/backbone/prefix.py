@@ -149,10 +149,20 @@ def _of_like_length(lengths: list[int], least: int) -> list[list[int]]:
     return cut(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
-def _goes_on_from_caches(model: torch.nn.Module) -> bool:
-    """Windows and recurrent states forget: such layers are not gone on with from keys and values alone."""
+def _goes_on_from_caches(model: Any) -> bool:
+    """Windows and recurrent states forget: such layers are not gone on with from keys and values alone. Nor are keys
+    whose rotation follows the longest position of the pass in which they are made.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if {"dynamic", "longrope"} & {str(rope.get("rope_type")), *(str(one.get("rope_type")) for one in _nested(rope))}:
+        return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _nested(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The parameters of each kind of layer, where a model has several."""
+    return [one for one in rope.values() if isinstance(one, Mapping)]
 
 
 def _is_random(model: Any) -> bool:

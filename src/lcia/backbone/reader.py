@@ -5,6 +5,7 @@ Shapes: B rows, L padded tokens, A padded answer tokens + 1, D width of a query.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
@@ -33,7 +34,7 @@ from lcia.errors import UserError
 from lcia.files import file_sha256
 from lcia.stream import Row
 
-_PROBES = ((336, 336), (1600, 200), (200, 1600), (2000, 2000))  # pixels: width, height
+_PROBES = ((336, 336), (28, 28), (1600, 200), (200, 1600), (2000, 2000))  # pixels: width, height
 
 
 class Reader:
@@ -59,7 +60,11 @@ class Reader:
     def settings(self) -> dict[str, Any]:
         """JSON values: all that makes tensors of a row, beside the row."""
         words = self.tokenizer
-        return {"tokenizer": words.backend_tokenizer.to_str() if words.is_fast else sorted(words.get_vocab())}
+        spelling: Any = sorted(words.get_vocab())
+        if words.is_fast:  # padding and truncation are what the last call asked for
+            spelling = {**json.loads(words.backend_tokenizer.to_str()), "padding": None, "truncation": None}
+        special = {name: str(token) for name, token in words.special_tokens_map.items()}
+        return {"tokenizer": spelling, "special": special, "template": self.chat.chat_template}
 
     @property
     def pad_id(self) -> int:

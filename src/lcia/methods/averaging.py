@@ -25,8 +25,8 @@ class Averaging(Method):
     Args:
         rule: how β is found each step; see lcia.ema.
         retained: the constant β (or the fallback of an adaptive rule) is chosen such that the start point keeps
-            this weight in the average at the end of the task, Π β = retained, whatever the number of steps. None: 0.3,
-            unless `fallback` is given.
+            this weight in the average at the end of the task, Π β = retained, whatever the number of steps. 0.3,
+            unless `fallback` is given; `fisher` has none.
         fallback: the constant itself, instead of `retained`.
         rest: share of the task for which θ* rests at its start before it moves; see lcia.ema.DynamicEMA.
         strength: λ of `fisher`: how much F_old weighs against F_new; None: 1.
@@ -43,19 +43,24 @@ class Averaging(Method):
         self,
         *,
         rule: str = "fixed",
-        retained: float | None = None,
+        retained: Any = ...,
         fallback: float | None = None,
         rest: float = 0.0,
         strength: float | None = None,
         forgetting: float | None = None,
     ) -> None:
-        if retained is not None and fallback is not None:
-            raise ValueError("retained and fallback are two ways to say the constant β: give one of them")
         self.options: dict[str, Any] = {"rule": rule, "rest": rest}
-        if fallback is None:
-            self.options["retained"] = _RETAINED if retained is None else retained
-        else:
+        if rule == "fisher":
+            if retained not in (..., None) or fallback is not None:
+                raise ValueError("retained and fallback: the rule fisher has no constant; its λ is `strength`")
+        elif fallback is not None:
+            if retained not in (..., None):
+                raise ValueError("retained and fallback are two ways to say the constant β: give one of them")
             self.options["fallback"] = fallback
+        elif retained is None:
+            raise ValueError("retained is null: then say the constant itself, as in `fallback: 0.99`")
+        else:
+            self.options["retained"] = _RETAINED if retained is ... else retained
         of_fisher = {"strength": strength, "forgetting": forgetting}
         given = {name: value for name, value in of_fisher.items() if value is not None}
         if given and rule != "fisher":
@@ -171,7 +176,10 @@ class StableEMA(Averaging):
     def __init__(self, *, beta: float | None = None, retained: float | None = None) -> None:
         if beta is not None and retained is not None:
             raise ValueError("retained and beta are two ways to say the constant β: give one of them")
-        super().__init__(fallback=0.99 if beta is None and retained is None else beta, retained=retained)
+        if retained is None:
+            super().__init__(fallback=0.99 if beta is None else beta)
+        else:
+            super().__init__(retained=retained)
 
 
 class LLaCA(Averaging):

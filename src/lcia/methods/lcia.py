@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lcia.methods.averaging import Averaging
 from lcia.methods.base import Combined
 from lcia.methods.grouping import InstructionGroups
@@ -24,7 +26,7 @@ class LCIA(Combined):
         route_threshold: float = 0.0,
         start: str = "last",
         rule: str = "fixed",
-        retained: float | None = None,
+        retained: Any = ...,
         fallback: float | None = None,
         rest: float = 0.0,
         strength: float | None = None,

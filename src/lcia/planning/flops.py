@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+
+def _grouped(one: torch.Tensor, other: torch.Tensor, *rest: Any, **options: Any) -> int:
+    """Of products of each expert's tokens with its weights, for which torch has no formula."""
+    return 2 * one.numel() * other.shape[-1]
 
 
 class Flops(TorchDispatchMode):
@@ -18,6 +24,8 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
+        if func._overloadpacket is torch.ops.aten._grouped_mm:
+            self.total += _grouped(*args, **(kwargs or {}))
+        elif formula is not None:
             self.total += int(formula(*args, **(kwargs or {}), out_val=made))
         return made
