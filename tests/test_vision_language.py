@@ -463,6 +463,17 @@ def test_the_report_shows_the_images(see_config: Callable[..., Any], tmp_path: P
     page = (tmp_path / "first.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == 3
     assert "<image>" in html.unescape(page)
+    other = see_config(stream=str(stream), tasks=["colours"], method="stable_ema", output_dir=str(tmp_path / "other"))
+    measure(other)
+    write_report([load_run(config.output_dir), load_run(other.output_dir)], tmp_path / "both.html")
+    page = html.unescape((tmp_path / "both.html").read_text())
+    assert page.count('<img src="data:image/jpeg;base64,') == 3  # once, however many have answered
+    shown = page.partition("data:image/jpeg;base64,")[2].partition("data:image/jpeg;base64,")[0]  # the first example
+    for run_folder in (config.output_dir, other.output_dir):
+        answers = (Path(run_folder) / "predictions/1/colours.jsonl").read_text().splitlines()
+        assert json.loads(answers[0])["prediction"][:20] in shown
+    assert "lora" in shown
+    assert "stable_ema" in shown
     for path in (stream / "images" / "colours").iterdir():
         path.unlink()
     write_report([load_run(config.output_dir)], tmp_path / "second.html")
