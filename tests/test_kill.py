@@ -17,8 +17,9 @@ import pytest
 from killing import run_until
 from lcia.run_folder import RunFolder
 from test_run import hashes, without_cost
+from tiny_vision import square_stream, tiny_llava
 
-KILLS = int(os.environ.get("LCIA_KILLS", "6")) // 2  # of each scenario
+KILLS = int(os.environ.get("LCIA_KILLS", "6")) // 3  # of each scenario
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -39,17 +40,24 @@ PLAIN = {"max_steps": 3, "per_device_train_batch_size": 4}
 # every task goes back from its second epoch to its first: nothing is ever right
 EARLY = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "early_stopping_patience": 1}
 
+# projectors, averaged in the third task
+SEEING = {**PLAIN, "projector_learning_rate": 5e-3}
 
-@pytest.fixture(scope="module", params=[PLAIN, EARLY], ids=["plain", "early stopping"])
+
+@pytest.fixture(scope="module", params=[PLAIN, EARLY, SEEING], ids=["plain", "early stopping", "with images"])
 def scenario(
     request: pytest.FixtureRequest, tiny_model: Path, tiny_stream: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
     """A stream of two tasks, a third that extends it, checkpoints inside tasks; and how it ends undisturbed."""
     folder = tmp_path_factory.mktemp("kill")
+    model, stream, tasks = tiny_model, tiny_stream, ["colours", "animals"]
+    if request.param is SEEING:
+        (folder / "squares").mkdir()
+        model, stream, tasks = tiny_llava(folder), square_stream(folder / "squares"), ["colours", "tints"]
     values = {
-        "stream": str(tiny_stream),
-        "tasks": ["colours", "animals"],
-        "model": str(tiny_model),
+        "stream": str(stream),
+        "tasks": tasks,
+        "model": str(model),
         "method": {"name": "lcia", "rule": "fisher"},
         "dtype": "float32",
         **request.param,
@@ -59,7 +67,7 @@ def scenario(
         "max_length": 256,
         "max_new_tokens": 4,
     }
-    extension = str(tiny_stream / "paints.jsonl")
+    extension = str(stream / "paints.jsonl")
     whole = {**values, "output_dir": str(folder / "whole")}
     code, calls = run_until(whole, extension, str(folder / "cache-whole"), die_at=0)
     assert code == 0
