@@ -21,7 +21,7 @@ class Length:
 
 
 class Lengths:
-    """Counts rows as `reader` encodes them, each once; no image is opened, but for the first."""
+    """Counts rows as `reader` encodes them, each once."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader

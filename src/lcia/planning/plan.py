@@ -287,10 +287,11 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     train, batch = _longest_training(stream, method, rows, own)
     assert batch is not None  # of a stream without tasks, which is refused before
     found, _ = _rehearsed(own, backbone, stream, Batches(train, ()), rows, device, (gpus or 1) > 1, reporter)
+    stages = _stages(found, own, gpus or 1, rows)
     plan = InitPlan(
         tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
-        stage=_stages(found, own, gpus or 1, rows)[0],
-        flops=_flops(found, _stages(found, own, gpus or 1, rows), batch),
+        stage=stages[0],
+        flops=_flops(found, stages, batch),
         train_batch=batch,
         training=Moment.of(found.training),
         devices=_devices(gpus, found, method, weights, config),
