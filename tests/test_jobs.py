@@ -64,7 +64,7 @@ else:  # wait | stubborn
     signal.signal(signal.SIGINT, signal.SIG_IGN if what == "stubborn" else signal.default_int_handler)
     print("ready")
     try:
-        time.sleep(60)
+        time.sleep(120)
     except KeyboardInterrupt:
         print("interrupted")
         sys.exit(130)
@@ -176,7 +176,7 @@ def when_ready(log: Path, then: Callable[[], None]) -> threading.Thread:
     """Do `then` in another thread as soon as the process is at work."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (log.is_file() and "ready\n" in log.read_text()):
             time.sleep(0.01)
         then()
@@ -189,7 +189,7 @@ def when_ready(log: Path, then: Callable[[], None]) -> threading.Thread:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("what", ["wait", "stubborn"])
 def test_an_interruption_ends_what_is_at_work_and_begins_nothing(monkeypatch, script, job, number, what) -> None:
-    monkeypatch.setattr(jobs, "_GRACE_S", 5.0 if what == "wait" else 0.1)
+    monkeypatch.setattr(jobs, "_GRACE_S", 60.0 if what == "wait" else 0.1)
     begun = []
     start = jobs._start
     monkeypatch.setattr(jobs, "_start", lambda *arguments: begun.append(start(*arguments)) or begun[-1])
