@@ -4,13 +4,15 @@
     python bench/all.py --smoke         # the same with a tiny model and little of everything: does it run?
     python bench/all.py --out DIR
 
-The machine must have nothing else to do: what runs beside it is measured too. What is measured is written at once, and
-the page when all is there. Exit code 1: losses or predictions are not the peers'.
+The machine must have nothing else to do: what runs beside it is measured too. Each part is written when it is there,
+and the same command goes on behind the last of an interrupted run of the same code; what is compared is one part's, and
+so of one run. The page is written when all is there. Exit code 1: losses or predictions are not the peers'.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -127,12 +129,14 @@ def page(found: dict[str, Any]) -> str:
         [
             "# Speed",
             "",
-            f"Command: `make bench`. {found['machine']}. {found['date']}; "
+            f"Command: `make bench`. {found['machine']}; "
             + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
             + ".",
-            "All in one run. Contenders in training, matrix and ablation take turns, and the faster of their rounds",
-            "counts. What each optimisation adds, and the test that keeps its numbers right:",
-            "[bench/README.md](../bench/README.md).",
+            "Each part was there at (UTC): "
+            + ", ".join(f"{name} {when[:16]}" for name, when in found["times"].items())
+            + ".",
+            "Contenders of a part take turns, and the faster of their rounds counts. What each optimisation adds, and",
+            "the test that keeps its numbers right: [bench/README.md](../bench/README.md).",
             "",
             *headline(found),
             "",
@@ -147,7 +151,7 @@ def page(found: dict[str, Any]) -> str:
             "",
             "What each way of being fast adds: alone, and to all the others.",
             "",
-            ablation.table(found["ablation"]),
+            ablation.table(found["ablation_training"], found["ablation_answering"]),
             "",
             "## The accuracy matrix",
             "",
@@ -192,35 +196,60 @@ def _processor() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
+def code() -> str:
+    """A hash of the package's source and of these scripts."""
+    import lcia
+
+    files = sorted(Path(str(lcia.__file__)).parent.rglob("*.py")) + sorted(HERE.glob("*.py"))
+    return hashlib.sha256(b"".join(f"{file.name}\n".encode() + file.read_bytes() for file in files)).hexdigest()
+
+
 def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
-    """Everything, one part after the other; each is in bench.json as soon as it is there."""
+    """Everything, one part after the other; each is in bench.part.json as soon as it is there."""
+    from lcia.files import write_text
     from lcia.results import library_versions
 
     found: dict[str, Any] = {
         "machine": machine(),
         "model": Path(model).name,
-        "date": datetime.now(UTC).date().isoformat(),
+        "code": code(),
         "versions": {**library_versions(), "trl": version("trl")},
     }
+    times: dict[str, str] = {}  # when each part was there
+    partial = out / "bench.part.json"
+    if partial.is_file():
+        before = json.loads(partial.read_text(encoding="utf-8"))
+        if all(before.get(name) == value for name, value in found.items()):
+            found, times = before, before["times"]
+    found["times"] = times
 
     def keep(name: str, part: Callable[[], Any]) -> None:
+        if name in found:
+            print(f"{name}: measured before", file=sys.stderr, flush=True)
+            return
         began = time.monotonic()
         found[name] = part()
+        times[name] = datetime.now(UTC).isoformat(timespec="minutes")
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr, flush=True)
-        (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(partial, json.dumps(found, indent=1) + "\n")
 
     steps, rounds, rows = (1, 1, 2) if little else (4, 2, 40)
-    run, exact = place / "run", place / "exact"
-    keep("training", lambda: training.measure(steps, proof_steps=1, rounds=rounds, model=model))
-    matrix.trained(run, model, "bfloat16", steps=1 if little else 24, rows=rows)
-    keep("matrix", lambda: matrix.measure(run, rounds))
-    matrix.trained(exact, model, "float32", steps=1 if little else 2, rows=min(rows, 6))
-    keep("proof", lambda: matrix.measure(exact, rounds=1))
+
+    def run() -> Path:
+        return matrix.trained(place / "run", model, "bfloat16", steps=1 if little else 24, rows=rows)
+
+    def exact() -> Path:
+        return matrix.trained(place / "exact", model, "float32", steps=1 if little else 2, rows=min(rows, 6))
+
+    keep("training", lambda: training.measure(steps, proof_steps=1 if little else 3, rounds=rounds, model=model))
+    keep("matrix", lambda: matrix.measure(run(), rounds))
+    keep("proof", lambda: matrix.measure(exact(), rounds=1))
     keep("growth", growth.measure)
-    keep("ablation", lambda: ablation.measure(1 if little else 2, rounds, model))
+    keep("ablation_training", lambda: ablation.measure_training(1 if little else 2, rounds, model))
+    keep("ablation_answering", lambda: ablation.measure_answering(rounds, model))
     keep("averaging", lambda: output_of("ema.py", *(["--ranks", "16", "--rounds", "1"] if little else [])))
     keep("routing", lambda: output_of("grouping.py", *(["--instructions", "1000"] if little else [])))
-    keep("start_up", lambda: start_up(run, model, 1 if little else 3))
+    keep("start_up", lambda: start_up(run(), model, 1 if little else 3))
     return found
 
 
@@ -237,5 +266,6 @@ if __name__ == "__main__":
         measured = measure(here, output, taken, chosen.smoke)
         growth.draw(measured["growth"], output / "bench-growth.png")
         (output / "bench.md").write_text(page(measured), encoding="utf-8")
+        (output / "bench.part.json").replace(output / "bench.json")
         print("\n".join([*headline(measured), *failures(measured)]))
     sys.exit(1 if failures(measured) else 0)

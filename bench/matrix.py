@@ -37,7 +37,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def trained(folder: Path, model: str, dtype: str, steps: int, rows: int) -> Path:
-    """A new run of six tasks."""
+    """A run of six tasks; the one that is there, where there is one."""
+    if (folder / "results.json").is_file():
+        return folder
     values = {**SETTINGS, "model": model, "dtype": dtype, "max_steps": steps, "max_eval_examples": rows}
     overrides = [f"{key}={json.dumps(value)}" for key, value in {**values, "output_dir": str(folder)}.items()]
     folder.parent.mkdir(parents=True, exist_ok=True)

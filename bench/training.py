@@ -220,7 +220,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=4, help="of a task")
-    parser.add_argument("--proof-steps", type=int, default=1, help="of a task, in float32")
+    parser.add_argument("--proof-steps", type=int, default=3, help="of a task, in float32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contender", choices=CONTENDERS, help="only this one, here; --steps and --dtype count")

@@ -34,9 +34,6 @@ def learn(model_name: str, data: Path, folder: Path, before: Path | None, argume
     if before is not None:
         model, lora = PeftModel.from_pretrained(model, before, is_trainable=True), None
         importance = load_file(before / "importance.safetensors")
-    # Trainer's own loggers, too, see β and the retained mass if you add the callback after the trainer is made:
-    # trainer.add_callback(DynamicEMACallback(..., trainer=trainer)).
-    ema = DynamicEMACallback(rule="fisher", importance=importance)
     trainer = SFTTrainer(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(model_name),
@@ -54,8 +51,10 @@ def learn(model_name: str, data: Path, folder: Path, before: Path | None, argume
         ),
         train_dataset=load_dataset("json", data_files=str(data), split="train"),
         peft_config=lora,
-        callbacks=[ema],
     )
+    # it knows the trainer, so that the trainer's loggers (report_to) see β and the retained mass, too
+    ema = DynamicEMACallback(rule="fisher", importance=importance, trainer=trainer)
+    trainer.add_callback(ema)
     trainer.train(resume_from_checkpoint=arguments.resume and any(folder.glob("checkpoints/checkpoint-*")))
     assert ema.ema is not None
     trainer.save_model(str(folder))  # the averaged weights: the model holds them since the end of the training

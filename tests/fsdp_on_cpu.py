@@ -16,9 +16,13 @@ def _as_if_on_gpus(self: Any, *arguments: Any, **options: Any) -> tuple[str, Dis
     return "gloo", DistributedType.MULTI_GPU
 
 
-if __name__ == "__main__":
+def take_the_cpu_for_a_gpu() -> None:
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = _as_if_on_gpus  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    take_the_cpu_for_a_gpu()
     from lcia.cli import main
 
     main()

@@ -194,6 +194,23 @@ def test_a_layer_that_is_not_plain_is_pefts(pool: AdapterPool) -> None:
             assert torch.equal(pool.model(input_ids=IDS).logits, logits(pool, None))
 
 
+def test_batches_are_of_like_length_and_answers_in_the_order_asked(
+    pool: AdapterPool, tiny_model: Path, monkeypatch
+) -> None:
+    from lcia.backbone import Encoded, load_backbone
+    from lcia.evaluation import Decoding, generate_answers
+
+    reader = load_backbone(str(tiny_model), "float32", "auto").reader
+    pool.add("a")
+    prompts = [Encoded(tuple(range(10, 10 + length)), ()) for length in (9, 2, 5, 3, 8)]
+    decoding = Decoding(max_new_tokens=8, batch_size=2, max_length=64)
+    alone = [generate_answers(pool, reader, ["a"], [prompt], decoding)[0] for prompt in prompts]
+    lengths, collate = [], reader.collate
+    monkeypatch.setattr(reader, "collate", lambda rows: lengths.append([len(row) for row in rows]) or collate(rows))
+    assert generate_answers(pool, reader, ["a"] * 5, prompts, decoding) == alone
+    assert lengths == [[2, 3], [5, 8], [9]]
+
+
 def test_a_prompt_that_comes_again_is_answered_once(pool: AdapterPool, tiny_model: Path, monkeypatch) -> None:
     from lcia.backbone import Encoded, load_backbone
     from lcia.evaluation import Decoding, generate_answers

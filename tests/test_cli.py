@@ -342,11 +342,32 @@ def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:
     facts = json.loads(out)["facts"]
     paths = resolve_paths("auto", "auto", torch.device("cpu"))
     assert facts["dtype"].startswith(paths["dtype"])
-    assert facts["attention"].startswith(paths["attn_implementation"])
+    assert facts["attention"].startswith(paths["attn_implementation"] + ": ")
     assert "saves 20% of a batch's tokens" in facts["batch beginnings"]
     assert "saves 64 tokens of padding" in facts["prompts"]
     assert "1 lists kept" in facts["answers"]
     assert facts["freed memory"].startswith("kept" if machine.keep_freed_memory() else "given back")
+
+
+def test_doctor_tells_another_machines_paths(monkeypatch) -> None:
+    from lcia.doctor import examine
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    here = examine().facts
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("lcia.doctor.keep_freed_memory", lambda: False)
+    there = examine()
+    assert there.facts["device"] == "a GPU"
+    assert here["attention"].startswith("eager: fused attention's bfloat16 backward pass is slow")
+    assert there.facts["attention"] == "sdpa: fused"
+    assert "saves 20% of a batch's tokens and 2,048 (" in there.facts["batch beginnings"]
+    assert "saves 2,048 tokens of padding" in there.facts["prompts"]
+    assert there.facts["freed memory"] == "given back to the system"
+    assert not any("bfloat16 instructions" in warning for warning in there.warnings)  # of a CPU only
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert any("bfloat16 instructions" in warning for warning in examine().warnings)
 
 
 def test_help_does_not_wait_for_torch() -> None:

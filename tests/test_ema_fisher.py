@@ -215,6 +215,22 @@ def test_the_optimizers_second_moment_is_the_running_mean_where_nothing_is_clipp
             assert torch.allclose(running[name], adamw[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(("source", "bytes_each"), [("running", 12), ("adamw", 8)])
+def test_f_new_costs_nothing_where_the_optimizer_keeps_it(source, bytes_each):
+    """θ* and F_old alone: all that the object holds for its elements, but for work space."""
+    net = nn.Linear(16, 16, bias=False)  # 256 elements: no padding
+    ema = DynamicEMA(
+        net.named_parameters(),
+        rule="fisher",
+        total_steps=5,
+        importance={"weight": torch.ones(16, 16)},
+        fisher_source=source,
+        optimizer=torch.optim.AdamW(net.parameters(), lr=0.1),
+    )
+    state = [value for name, value in vars(ema).items() if isinstance(value, torch.Tensor) and name != "_work"]
+    assert sum(value.nbytes for value in state if value.numel() >= 256) == 256 * bytes_each
+
+
 def test_an_optimizer_without_a_second_moment_is_refused():
     net = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

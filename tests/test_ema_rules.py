@@ -87,10 +87,22 @@ def test_fisher_equals_its_oracle(per):
     oracles = {name: Oracle("fisher", numbers(p), steps=STEPS) for name, p in named.items()}
     for name, oracle in oracles.items():
         oracle.old, oracle.examples, oracle.strength = numbers(importance[name]), 4.0, 0.3
+    averages = {name: numbers(p) for name, p in named.items()}  # with the β of a tensor or a layer
+    products = dict.fromkeys(named, 1.0)
     for _ in walk(named, STEPS, seed=2):
         ema.step()
         for name, oracle in oracles.items():
             oracle.step(numbers(named[name]), numbers(named[name].grad))
+        for name in named if per != "element" else ():
+            # The share of the sums, not the mean of shares. Names without a dot all belong to one layer: the model.
+            shared = [oracles[name]] if per == "tensor" else list(oracles.values())
+            old = sum(other.strength * value for other in shared for value in other.old)
+            total = sum(value for other in shared for value in other.importance())
+            beta = (old / total) ** (1 / STEPS)
+            assert ema.betas[name] == pytest.approx(beta, rel=1e-6)
+            products[name] *= beta
+            pairs = zip(averages[name], numbers(named[name]), strict=True)
+            averages[name] = [beta * average + (1 - beta) * weight for average, weight in pairs]
     for name, oracle in oracles.items():
         assert largest_error(ema.importance[name], oracle.importance()) < 1e-4
         if per == "element":
@@ -99,11 +111,8 @@ def test_fisher_equals_its_oracle(per):
             mean_retained = sum(oracle.retained) / len(oracle.retained)
             assert ema.retained_mass[name] == pytest.approx(mean_retained, **tolerance)
         else:
-            # The share of the sums, not the mean of shares. Names without a dot all belong to one layer: the model.
-            shared = [oracle] if per == "tensor" else list(oracles.values())
-            old = sum(other.strength * value for other in shared for value in other.old)
-            total = sum(value for other in shared for value in other.importance())
-            assert ema.betas[name] == pytest.approx((old / total) ** (1 / STEPS), rel=1e-6)
+            assert largest_error(ema.averages[name], averages[name]) < 1e-6
+            assert ema.retained_mass[name] == pytest.approx(products[name], rel=1e-5)
     assert ema.fallback_fraction == 0
 
 
@@ -174,7 +183,7 @@ def test_the_average_is_the_closed_form_of_appendix_a(start, steps):
 )
 @settings(max_examples=60, deadline=None)
 def test_beta_lies_in_its_interval(seed, gradient_scale, rule):
-    named = parameters({"a": (5, 3), "b": (2,)}, seed)
+    named = parameters({"a": (5, 3), "b": (1,)}, seed)  # what is told of b is not a mean
     importance = {name: torch.rand(p.shape) * gradient_scale**2 for name, p in named.items()}
     ema = DynamicEMA(named, rule=rule, total_steps=4, importance=importance if rule == "fisher" else None)
     for _ in walk(named, 4, seed=seed, gradient_scale=gradient_scale):
@@ -187,6 +196,44 @@ def test_beta_lies_in_its_interval(seed, gradient_scale, rule):
             assert ((average >= low - 1e-6) & (average <= high + 1e-6)).all()
     if rule == "fisher":
         assert ema.fallback_fraction == 0
+
+
+@pytest.mark.parametrize("rule", ["eq12", "eq14", "eq45", "released"])
+def test_a_gradient_that_is_not_finite_counts_as_one_fallback(rule):
+    """In a step and a tensor in which the rule has a β of its own, unless the gradient is spoilt."""
+    named = parameters(SHAPES)
+    ema, spoilt = DynamicEMA(named, rule=rule), DynamicEMA(named, rule=rule)
+    for _ in walk(named, STEPS, seed=1):
+        before = ema.state_dict()
+        counts = before["memory/fell_back"].clone()
+        ema.step()
+        after = ema.state_dict()["memory/fell_back"]
+        chosen = next((i for i in range(len(named)) if after[i] - counts[i] < 1), None)  # alphabetical
+        if chosen is None:
+            continue
+        name = sorted(named)[chosen]
+        spoilt.load_state_dict(before)
+        named[name].grad.view(-1)[0] = torch.inf
+        with pytest.warns(UserWarning, match=f"gradient of {name} is not finite"):
+            spoilt.step()
+        after[chosen] = counts[chosen] + 1
+        assert torch.allclose(spoilt.state_dict()["memory/fell_back"], after)
+        return
+    pytest.fail("the rule fell back in every step of every tensor")
+
+
+@given(
+    old=st.one_of(st.just(0.0), st.floats(1e-15, 1e15)),
+    new=st.one_of(st.just(0.0), st.floats(1e-15, 1e15)),
+    steps=st.integers(1, 5000),
+)
+@settings(deadline=None)
+def test_fisher_is_a_number_for_any_importance(old, new, steps):
+    found = float(pure.fisher(importance=torch.tensor([old]), curvature=torch.tensor([new]), exponent=1 / steps))
+    share = old / (old + new) if old + new else 0.0
+    beta = share ** (1 / steps)
+    assert 0 <= found <= 1
+    assert found == pytest.approx(1 - beta, abs=1e-6)  # 1 − β is what it gives
 
 
 def test_the_first_step_of_a_published_rule_is_a_fallback_and_counted():

@@ -63,7 +63,12 @@ def test_the_readme_leads_to_every_page() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "bench" / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_links_lead_to_files_and_headings(page: Path) -> None:

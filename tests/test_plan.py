@@ -460,6 +460,17 @@ def test_several_gpus_share_rows_and_what_can_be_sharded(tiny_config: Config) ->
     assert any("not rehearsed" in note for note in four.notes)
 
 
+def test_fsdp2_is_not_planned_where_it_would_be_refused(tiny_config: Config, tmp_path: Path) -> None:
+    """Of the task `tints` only some rows have images."""
+    values = {"stream": str(square_stream(tmp_path / "squares")), "model": str(tiny_llava(tmp_path / "llava"))}
+    of_images = plan(tiny_config(**values, tasks=["colours", "paints"], max_length=512), gpus=2).devices
+    mixed = plan(tiny_config(**values, tasks=["colours", "tints"], max_length=512), gpus=2).devices
+    assert of_images is not None
+    assert of_images.fsdp2 is not None
+    assert mixed is not None
+    assert mixed.fsdp2 is None
+
+
 def test_the_command_writes_one_document_and_no_file(
     lcia: Callable[..., tuple[int, str, str]], tiny_config: Config, tmp_path: Path
 ) -> None:
@@ -489,16 +500,18 @@ def test_a_time_is_given_where_steps_were_made(tiny_config: Config) -> None:
         plan(config, measure=2, gpus=1)
 
 
+@pytest.mark.parametrize("method", ["lora", {"name": "agem", "memory": 2}])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_operations_are_those_that_a_run_makes(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, method: Any
 ) -> None:
-    """Torch's own counter around every real micro-batch; all rows are equally long."""
+    """Torch's own counter around every real training; all rows are equally long. agem: once a step, not a batch."""
     row = {"input": "one two three", "instruction": "say it", "output": "four"}
     lines = [{**row, "id": str(i), "split": "train" if i < 12 else "test"} for i in range(16)]
     (tmp_path / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = tiny_config(
-        stream=[{"name": "same", "path": str(tmp_path / "same.jsonl")}],
+        stream=[{"name": name, "path": str(tmp_path / "same.jsonl")} for name in ("same", "again")],
+        method=method,
         tasks=None,
         max_steps=-1,
         num_train_epochs=2,
@@ -507,16 +520,16 @@ def test_operations_are_those_that_a_run_makes(
     )
     planned = plan(config, tflops=2.0)
     counted = 0
-    step = lcia.training.TaskTrainer.training_step
+    learn = lcia.training.TaskTrainer.train
 
     def counting(*arguments: Any, **options: Any) -> Any:
         nonlocal counted
         with FlopCounterMode(display=False) as counter:
-            loss = step(*arguments, **options)
+            result = learn(*arguments, **options)
         counted += counter.get_total_flops()
-        return loss
+        return result
 
-    monkeypatch.setattr(lcia.training.TaskTrainer, "training_step", counting)
+    monkeypatch.setattr(lcia.training.TaskTrainer, "train", counting)
     train(config)
     assert counted > 0
     assert planned.flops == pytest.approx(counted, rel=1e-3)

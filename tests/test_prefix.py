@@ -59,6 +59,16 @@ def model_of(config: PretrainedConfig, attention: str = "sdpa") -> Any:
     return model
 
 
+def outspoken(config: PretrainedConfig) -> Any:
+    """With weights so large that an answer depends on all of its prompt: small ones give every prompt the same."""
+    model = model_of(config).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.mul_(8)
+    return model
+
+
 def gradients(model: Any) -> list[torch.Tensor]:
     return [weights.grad for weights in model.parameters() if weights.grad is not None]
 
@@ -89,8 +99,21 @@ def test_loss_and_gradients_are_those_of_the_rows_one_by_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_eager_and_fused_attention_learn_the_same(name: str) -> None:
+    """Which of them is taken is a matter of speed."""
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = model_of(CONFIGS[name], attention)
+        loss = answer_loss(model, collate(ROWS, pad_id=0), 9)
+        loss.backward()
+        found.append([loss, *gradients(model)])
+    for eager, fused in zip(*found, strict=True):
+        torch.testing.assert_close(eager, fused, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_answers_are_those_of_the_prompts_one_by_one(name: str) -> None:
-    model = model_of(CONFIGS[name]).eval()
+    model = outspoken(CONFIGS[name])
     prompts = [row.prompt for row in ROWS]
     batch = collate([Encoded(prompt, ()) for prompt in prompts], pad_id=0)
     cache = prefix.of_batch(model, batch)
@@ -101,6 +124,10 @@ def test_answers_are_those_of_the_prompts_one_by_one(name: str) -> None:
         alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=6)
         expected = alone[0, len(prompt) :].tolist()
         assert found.tolist()[: len(expected)] == expected
+    turned = [(*reversed(SHARED), *prompt[len(SHARED) :]) for prompt in prompts]
+    others = DECODER_ONLY.generate(model, collate([Encoded(prompt, ()) for prompt in turned], pad_id=0), 6)
+    assert others.tolist() != together.tolist()  # what is shared matters
+    assert len({tuple(answer) for answer in together.tolist()}) == len(prompts)  # and what is not
 
 
 @pytest.mark.parametrize("start", [0, len(SHARED)])
@@ -108,7 +135,7 @@ def test_answers_are_those_of_the_prompts_one_by_one(name: str) -> None:
 def test_prompts_of_like_length_are_passed_together(name: str, start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against each prompt alone; one of them is nothing but its last token behind what all begin with."""
     monkeypatch.setattr(prefix, "LEAST_ON_CPU", 1)
-    model = model_of(CONFIGS[name]).eval()
+    model = outspoken(CONFIGS[name])
     lengths, passes = (3, 1, 7, 3, 9, 2), []
     prompts = [(*SHARED[:start], *range(20, 20 + length)) for length in lengths]
     batch = collate([Encoded(prompt, ()) for prompt in prompts], pad_id=0)

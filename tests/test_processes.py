@@ -79,6 +79,14 @@ def adapters(run: Path) -> dict[str, torch.Tensor]:
     return {f"{file.parent.name}/{key}": value for file in files for key, value in load_file(file).items()}
 
 
+def predictions(folder: Path) -> dict[str, list[str]]:
+    files = sorted(folder.glob("*/*.jsonl"))
+    return {
+        f"{file.parent.name}/{file.stem}": [json.loads(line)["prediction"] for line in file.read_text().splitlines()]
+        for file in files
+    }
+
+
 def test_weights_spread_over_processes_learn_as_one(tiny_config: Config, tmp_path: Path) -> None:
     """FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` asks for it."""
     alone = config_file(tmp_path, tiny_config, "alone", per_device_train_batch_size=4)
@@ -106,7 +114,8 @@ def test_two_processes_learn_and_answer_as_one(method: Any, changes: Any, tiny_c
     alone = config_file(tmp_path, tiny_config, "alone", method=method, per_device_train_batch_size=4, **changes)
     two = config_file(tmp_path, tiny_config, "two", method=method, per_device_train_batch_size=2, **changes)
     (one,) = launch(["train", str(alone), "--json"], 1)
-    both = launch(["train", str(two), "--json"], 2)
+    # nothing that one process has answered may pass for the answers of two
+    both = launch(["train", str(two), "--json"], 2, LCIA_CACHE=str(tmp_path / "cache"))
     assert one.returncode == 0, one.stderr
     assert [process.returncode for process in both] == [0, 0], both[0].stderr + both[1].stderr
     assert both[1].stdout == ""  # one of them speaks
@@ -115,6 +124,13 @@ def test_two_processes_learn_and_answer_as_one(method: Any, changes: Any, tiny_c
     theirs = adapters(tmp_path / "two")
     for key, value in adapters(tmp_path / "alone").items():
         assert torch.allclose(theirs[key], value, atol=1e-6), key
+    # what two have answered, one answers from the same weights, word for word
+    (again,) = launch(["eval", str(tmp_path / "two"), "--all-rows", "--recompute"], 1)
+    assert again.returncode == 0, again.stderr
+    shared = predictions(tmp_path / "two" / "predictions")
+    assert shared == predictions(tmp_path / "two" / "evaluations" / "test")
+    if method == "lcia":  # the others learn one answer to everything
+        assert len({answer for answers in shared.values() for answer in answers}) > 1
 
 
 def test_two_processes_that_were_killed_go_on_exactly(tiny_config: Config, tmp_path: Path) -> None:
@@ -170,11 +186,13 @@ def test_sharding_that_accelerate_ignores_is_an_error(tiny_config: Config, tmp_p
     assert "does not shard on this kind of device" in both[0].stderr
 
 
-def test_the_callback_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
-    """DDP in a plain Trainer: accumulation, clipping that fisher looks behind, evaluations and checkpoints."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_callback_in_two_processes_is_that_of_one(kind: str, tmp_path: Path) -> None:
+    """In a plain Trainer: accumulation, clipping that fisher looks behind, evaluations and checkpoints."""
     script = [str(Path(__file__).with_name("callback_in_processes.py"))]
+    sharding = {} if kind == "ddp" else {**FSDP_SETTINGS, "FSDP_TRANSFORMER_CLS_TO_WRAP": "Linear"}
     (one,) = launch([str(tmp_path / "one"), "4"], 1, script)
-    both = launch([str(tmp_path / "two"), "2"], 2, script)
+    both = launch([str(tmp_path / "two"), "2"], 2, script, **sharding)
     assert one.returncode == 0, one.stderr
     assert [process.returncode for process in both] == [0, 0], both[0].stderr + both[1].stderr
     alone, together = (load_file(tmp_path / run / "found.safetensors") for run in ("one", "two"))

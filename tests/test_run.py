@@ -89,6 +89,17 @@ def test_unchanged_groups_are_not_evaluated_again(tiny_config, tmp_path, monkeyp
     assert again["matrix"] == results["matrix"]
 
 
+def test_methods_share_what_does_not_depend_on_them(tiny_config, tmp_path, monkeypatch) -> None:
+    """The base model's answers, and those of the first task's adapter, which every method trains alike."""
+    monkeypatch.setenv("LCIA_CACHE", str(tmp_path / "empty"))
+    plain = measure(tiny_config(method="lora"))
+    assert plain["cost"]["evaluations_reused"] == 0
+    other = measure(tiny_config(method="llaca", output_dir=str(tmp_path / "other")))
+    assert hashes(tmp_path / "other")[0] == hashes(Path(tiny_config(method="lora").output_dir))[0]
+    assert other["cost"]["evaluations_reused"] == 3 + 2
+    assert other["matrix"][:2] == plain["matrix"][:2]
+
+
 def test_the_same_seed_repeats_and_another_does_not(tiny_config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LCIA_CACHE", str(tmp_path / "one"))
     one = measure(tiny_config(output_dir=str(tmp_path / "a")))

@@ -130,6 +130,7 @@ def test_an_extended_run_is_the_run_that_had_the_task_from_the_start(
     total = sum(grown["cost"][key] for key in ("evaluations_run", "evaluations_reused"))
     assert total == sum(whole["cost"][key] for key in ("evaluations_run", "evaluations_reused"))
     assert total > sum(short["cost"][key] for key in ("evaluations_run", "evaluations_reused"))
+    assert grown["cost"]["evaluations_run"] == whole["cost"]["evaluations_run"]
 
 
 def test_extending_refuses_what_does_not_fit(tiny_config, tiny_stream, tmp_path) -> None:

@@ -79,7 +79,7 @@ BENCHMARKS = {
     ),
     "vision": Benchmark(
         title="six small image tasks: land use, clothing, short answers, boxes, receipts, true or false",
-        source="EuroSAT, clothing-dataset-small, COCO, BCCD, SROIE, NLVR; about 2,700 rows in all",
+        source="EuroSAT, clothing-dataset-small, COCO, BCCD, SROIE, NLVR; 3,039 rows in all",
         settings={"model": "lite-llava", "max_new_tokens": 40},
         reported=ACCURACY,
     ),

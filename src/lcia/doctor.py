@@ -47,9 +47,9 @@ def examine() -> Findings:
     warnings = []
     facts = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": f"{paths['dtype']} (base model; adapters and averages are float32)",
+        "dtype": f"{paths['dtype']} (base model, half the memory of float32; adapters and averages are float32)",
         "attention": paths["attn_implementation"]
-        + (": fused attention's bfloat16 backward pass is slow on a CPU" if device.type == "cpu" else ""),
+        + (": fused attention's bfloat16 backward pass is slow on a CPU" if device.type == "cpu" else ": fused"),
         "logits": "of answer tokens alone; the vocabulary's matrix is not multiplied with the prompt",
         "batch beginnings": _beginnings(device),
         "LoRA": "added in the memory of a layer's output (plain linear layers; others as PEFT does)",

@@ -15,7 +15,7 @@ import torch
 
 from lcia.adapters import Pool
 from lcia.backbone import Encoded, Reader, layout_of, told
-from lcia.files import write_text
+from lcia.files import alone, write_text
 from lcia.grouping import Match
 from lcia.processes import count, gathered, on_main, rank
 from lcia.stream import SCORERS, Row, Task
@@ -81,7 +81,8 @@ class AnswerCache:
     """Predictions by content: base weights, adapter weights, decoding options and the prompts asked together.
 
     The unit is the whole list of prompts one group answers for one task, because in bfloat16 an answer may depend
-    on what else is in its batch: reusing the list repeats exactly what a new computation would give.
+    on what else is in its batch: reusing the list repeats exactly what a new computation would give. Of runs side by
+    side one answers a list, and the others wait for it.
 
     Args:
         folder: where they are kept; None: nowhere, everything is answered anew.
@@ -118,13 +119,18 @@ class AnswerCache:
             return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
         known = stored()
-        if known is not None:
-            self.reused += 1
-            return known
-        found = compute()
-        on_main(write_text)(path, json.dumps(found, ensure_ascii=False))
-        self.run += 1
-        return found
+        if known is None:
+            # Several processes of one run do not wait for another run: those that do not hold the lock would run into
+            # the time limit of the messages between them.
+            with alone(self._folder / f".{key}.lock") if count() == 1 else contextlib.nullcontext():
+                known = stored()
+                if known is None:
+                    found = compute()
+                    on_main(write_text)(path, json.dumps(found, ensure_ascii=False))
+                    self.run += 1
+                    return found
+        self.reused += 1
+        return known
 
 
 @dataclass(frozen=True)

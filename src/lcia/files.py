@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_PATIENCE_S = 600.0  # who holds a lock longer may have been stopped
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,6 +50,29 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in here with this file, ten minutes at most.
+
+    For what would only be done twice: where the file cannot be written or the file system has no locks, nobody waits.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(lock.open("a"))
+            until = time.monotonic() + _PATIENCE_S
+            while time.monotonic() < until:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.1)
+                else:
+                    held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # not when a child of ours ends, too
+                    held.callback(lock.unlink, missing_ok=True)
+                    break
+        yield
 
 
 def move_durably(partial: Path, final: Path) -> dict[str, str]:

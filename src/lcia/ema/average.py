@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcia.ema import fisher
 from lcia.ema.followed import Followed
 from lcia.ema.layout import Block, Layout, Scratch, wide_dtype
 from lcia.ema.parameters import Parameters
 from lcia.ema.rules import READS, Moment, constant_retaining, find_rule
+from lcia.ema.sharding import forget_gathered
 from lcia.errors import did_you_mean
 
 _PER = ("element", "tensor", "layer")  # fine to coarse
@@ -75,7 +76,8 @@ class DynamicEMA:
         strength: λ, how much F_old weighs against F_new.
         forgetting: F_old's factor in the importance handed on. None: strength, as in online EWC.
         fisher_source: where F_new is read: "running", "adamw" (give `optimizer`) or "per_example"; see
-            lcia.ema.fisher.
+            lcia.ema.fisher. With "adamw" `observe` has nothing to do, gradients count as the optimizer sees them,
+            and it must be a new optimizer: one of an earlier task has that task's gradients in its mean.
         fisher_decay: decay of the running mean of squared gradients.
         optimizer: the Adam or AdamW whose second moment is read.
         optional: names whose gradient may be missing (an expert without a token): θ* stays, counted.
@@ -192,13 +194,21 @@ class DynamicEMA:
         observed_sums = self._sum(self._layout.sum_rows(sums))[0]
         # All or nothing: where one number is not finite, a gradient scaler will skip the step, and a bad number must
         # not stay in the mean for the rest of the task.
-        present = present * observed_sums.isfinite().all()
+        finite = observed_sums.isfinite().all()
+        present = present * finite
         weight = self._layout.spread((1 - self.fisher_decay) * present.float())  # (R, 1)
-        for block in self._layout.blocks:
+        on_cpu = finite.device.type == "cpu"  # a GPU would have to be waited for, to know whether
+        for block in self._layout.blocks if not on_cpu or finite else ():
             squared = self._gradient_scratch.fill(block, self._examples or gradients)
             if not self._examples:
-                squared.mul_(scale).square_()
-            self._squares[block.rows].lerp_(squared.nan_to_num_(0, 0, 0), weight[block.rows])
+                if not isinstance(scale, float) or scale != 1:
+                    squared.mul_(scale)
+                squared.square_()
+            if on_cpu:
+                squared.clamp_(max=torch.finfo(squared.dtype).max)  # of a gradient of 10²⁰
+            else:
+                squared.nan_to_num_(0, 0, torch.finfo(squared.dtype).max)
+            self._squares[block.rows].lerp_(squared, weight[block.rows])
         self.discard()
         self._memory["observed"] += present
         self._observed_sums = observed_sums
@@ -451,21 +461,27 @@ class DynamicEMA:
         return self._parameters.named([view.clone() for view in self._layout.views(flat)])
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model holds θ* inside and θ, bit for bit, after."""
+    def applied(self, model: nn.Module | None = None) -> Iterator[None]:
+        """The model holds θ* inside and θ, bit for bit, after. `model`: as of `copy_to_model`."""
         weights = self._parameters.weights()
         kept = [part.detach().clone() for part in weights]
-        self.copy_to_model()
+        self.copy_to_model(model)
         try:
             yield
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(weights, kept)
+            forget_gathered(model)
 
     @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Write θ* into the model's parameters, in their dtype."""
+    def copy_to_model(self, model: nn.Module | None = None) -> None:
+        """Write θ* into the model's parameters, in their dtype.
+
+        Args:
+            model: the whole model, where FSDP2 shards it: else it may go on with weights that it has gathered before.
+        """
         torch._foreach_copy_(self._parameters.weights(), self._layout.views(self._average))
+        forget_gathered(model)
 
     # --------------------------------------------------------------------------------------------- state
 
@@ -542,6 +558,8 @@ class DynamicEMA:
     def _settings(self) -> dict[str, Any]:
         """What makes this rule another one in the middle of a task."""
         settings: dict[str, Any] = {"fallback": self.fallback, "rest_steps": self.rest_steps}
+        if self._previous_gradient is not None:
+            settings["grad_dtype"] = str(self._previous_gradient.dtype)
         if "curvature" in self._rule.reads:
             names = ("total_steps", "strength", "forgetting", "fisher_source", "fisher_decay")
             settings |= {name: getattr(self, name) for name in names}

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lcia.ema.average import DynamicEMA
 from lcia.ema.clipping import ClipWatch
+from lcia.ema.sharding import forget_gathered
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import Trainer
@@ -21,14 +22,14 @@ FILE_NAME = "ema.safetensors"
 
 
 class DynamicEMACallback(TrainerCallback):
-    """One line: `Trainer(..., callbacks=[DynamicEMACallback(rule="fisher", importance=before)])`.
+    """One line: `trainer.add_callback(DynamicEMACallback(rule="fisher", importance=before, trainer=trainer))`.
 
     - One update per optimizer step, whatever the accumulation; a step that a gradient scaler skips is no step.
     - Every checkpoint holds the raw θ where Trainer puts it, so that resuming is exact, and θ* with all that the rule
       needs in `ema.safetensors` beside it. `resume_from_checkpoint` restores both.
     - Evaluations that the Trainer makes during training see θ*, others are warned of; after training the model holds
       θ*, so that the last evaluation and the last `save_model` are of θ*. With `load_best_model_at_end` it is the best
-      checkpoint's θ*.
+      checkpoint's θ*, and its importance, unless that is AdamW's, which is of the last step.
     - `fisher` gets gradients as they were before clipping (lcia.ema.clipping).
     - β, the fallback fraction and the retained mass are logged with every training log, as `ema_...`: into
       `state.log_history`, and, if `trainer` is given, through its loggers. (Trainer's own loggers stand before other
@@ -136,7 +137,7 @@ class DynamicEMACallback(TrainerCallback):
     ) -> None:
         self._evaluated = False
         self._evaluations_left = 0
-        self._show_raw()  # of an evaluation that another callback has called off
+        self._show_raw(kwargs["model"])  # of an evaluation that another callback has called off
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._training and self.evaluate_average and not self._evaluated and state.global_step:
@@ -152,7 +153,7 @@ class DynamicEMACallback(TrainerCallback):
             )
         self._evaluations_left = max(0, self._evaluations_left - 1)
         if not self._evaluations_left:
-            self._show_raw()
+            self._show_raw(kwargs["model"])
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer is None:
@@ -171,11 +172,11 @@ class DynamicEMACallback(TrainerCallback):
         self._evaluated = self._training = False
         self._stop_watching()
         ema.close()
-        self._show_raw()
+        self._show_raw(kwargs["model"])
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             ema.load(_existing(Path(state.best_model_checkpoint) / FILE_NAME))
         if not self.keep_raw:
-            ema.copy_to_model()
+            ema.copy_to_model(kwargs["model"])
 
     def add_values(self, state: TrainerState, logs: dict[str, float]) -> None:
         """`log_values` into a log of training, which `state` keeps a copy of."""
@@ -207,10 +208,12 @@ class DynamicEMACallback(TrainerCallback):
             self._evaluations_left = len(sets) if isinstance(sets, dict) else 1
             self._evaluated = True
             self._raw = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-            self._running().copy_to_model()
+            self._running().copy_to_model(model)
 
     @torch.no_grad()
-    def _show_raw(self) -> None:
+    def _show_raw(self, model: nn.Module) -> None:
+        if self._raw:
+            forget_gathered(model)  # `parameter` is the sharded one then
         for parameter, weights in self._raw:
             parameter.copy_(weights)
         self._raw = []

@@ -47,12 +47,14 @@ class ClipWatch:
         Args:
             loss_scale: what the loss was multiplied by (fp16) and unscaling has since divided the gradients by.
         """
-        watched = [parameter for parameter in self._parameters if id(parameter) in self._copies]
-        if not watched:  # none of them had a part in the loss
-            self.unknown += 1
-            return 1.0
-        before = torch.cat([self._copies.pop(id(parameter)) for parameter in watched]) / loss_scale
-        after = torch.cat([_few_of(parameter.grad) for parameter in watched])
+        # Zeros where there is nothing: DDP also gives a process the gradients of parameters that had a part in the loss
+        # of another one only, and all processes must add up the same elements.
+        nothing = [torch.zeros_like(_few_of(parameter)) for parameter in self._parameters]
+        copies = [self._copies.pop(id(parameter), None) for parameter in self._parameters]
+        gradients = [None if parameter.grad is None else _few_of(parameter.grad) for parameter in self._parameters]
+        before = torch.cat([zero if one is None else one for one, zero in zip(copies, nothing, strict=True)])
+        after = torch.cat([zero if one is None else one for one, zero in zip(gradients, nothing, strict=True)])
+        before /= loss_scale
         several = dist.is_initialized() and dist.get_world_size() > 1
         if several and not isinstance(self._parameters[0], DTensor):
             dist.all_reduce(before)
@@ -71,5 +73,5 @@ class ClipWatch:
             hook.remove()
 
 
-def _few_of(gradient: Any) -> Tensor:
-    return local(gradient.detach()).reshape(-1)[:WATCHED_ELEMENTS].float()
+def _few_of(tensor: Any) -> Tensor:
+    return local(tensor.detach()).reshape(-1)[:WATCHED_ELEMENTS].float()

@@ -12,8 +12,9 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 
@@ -64,6 +65,16 @@ def shard_like(value: Tensor, original: Tensor) -> Tensor:
             run_check=False,
         )
     return value.redistribute(original.device_mesh, original.placements).to_local()
+
+
+def forget_gathered(model: nn.Module | None) -> None:
+    """Make FSDP2 gather all weights anew, after somebody has changed the sharded ones.
+
+    It keeps those of some modules behind a forward pass, for a backward pass that an evaluation does not have.
+    """
+    for module in () if model is None else model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class Reduction:

@@ -103,7 +103,7 @@ class Devices:
 
     gpus: int
     ddp: Moment  # the base is there on every one
-    fsdp2: Moment | None  # weights, gradients and states are shared out; None: the method looks at them
+    fsdp2: Moment | None  # weights, gradients and states are shared out; None: it would be refused
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def plan_run(
     train, train_batch = _longest_training(stream, method, rows, config)
     test, eval_batch = _longest_answered(stream, rows, backbone, config)
     weights = _weights(backbone)
-    found, how = _rehearsed(config, backbone, stream, Batches(train, test), rows, device, (gpus or 1) > 1, reporter)
+    found, how = _rehearsed(config, backbone, stream, Batches(train, test), rows, device, gpus or 1, reporter)
 
     stages = _stages(found, config, gpus or 1, rows)
     training = Moment.of(found.training) if found.training else None
@@ -257,7 +257,9 @@ def plan_run(
         tasks=tuple(_task(task, found, rows, len(_answered(task, config))) for task in stream),
         stages=stages,
         evaluations=count_evaluations([task.name for task in stream], found.stages, changes),
-        flops=_flops(found, stages, train_batch) + (0 if init is None else init.plan.flops) if train_batch else None,
+        flops=_flops(found, stages, train_batch, gpus or 1) + (0 if init is None else init.plan.flops)
+        if train_batch
+        else None,
         tflops=tflops,
         measured=measured,
         notes=tuple(_notes(config, method, stream, rows, gpus)),
@@ -286,12 +288,12 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     method = build_method(own.method_parts())
     train, batch = _longest_training(stream, method, rows, own)
     assert batch is not None  # of a stream without tasks, which is refused before
-    found, _ = _rehearsed(own, backbone, stream, Batches(train, ()), rows, device, (gpus or 1) > 1, reporter)
+    found, _ = _rehearsed(own, backbone, stream, Batches(train, ()), rows, device, gpus or 1, reporter)
     stages = _stages(found, own, gpus or 1, rows)
     plan = InitPlan(
         tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
         stage=stages[0],
-        flops=_flops(found, stages, batch),
+        flops=_flops(found, stages, batch, gpus or 1),
         train_batch=batch,
         training=Moment.of(found.training),
         devices=_devices(gpus, found, method, weights, config),
@@ -426,9 +428,14 @@ def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows)
     )
 
 
-def _flops(found: Rehearsal, stages: Sequence[StagePlan], longest: Batch) -> int:
-    """Of all training, at the rate per token of the longest micro-batch: attention grows with length."""
-    return round(found.flops / longest.tokens * sum(stage.tokens for stage in stages))
+def _flops(found: Rehearsal, stages: Sequence[StagePlan], longest: Batch, processes: int) -> int:
+    """Of all training, at the rate per token of the longest micro-batch: attention grows with length.
+
+    What a step does once is done by every process (docs/concepts/processes.md).
+    """
+    passes = found.flops / longest.tokens * sum(stage.tokens for stage in stages)
+    once = sum(stage.steps * part.flops_once for stage, part in zip(stages, found.stages, strict=True))
+    return round(passes + once * processes)
 
 
 # --- memory
@@ -467,7 +474,7 @@ def _rehearsed(
     batches: Batches,
     rows: _Rows,
     device: str,
-    several: bool,
+    processes: int,
     reporter: Reporter,
 ) -> tuple[Rehearsal, str]:
     """The run's bytes, and how they were found."""
@@ -476,7 +483,7 @@ def _rehearsed(
         def begun(stage: str) -> None:
             reporter.start(f"rehearsing {stage}", total=None)
 
-        return rehearse(config, model, list(stream), batches, rows.fits, device, several, begun)
+        return rehearse(config, model, list(stream), batches, rows.fits, device, processes, begun)
 
     try:
         return go(backbone), _REHEARSED
@@ -502,7 +509,12 @@ def _devices(
     trained = FP32 * found.trained
     shared = {part: size // gpus if part in SHARDED else size for part, size in found.sharded.items()}
     gathered = {GATHERED: 2 * (weights.layer + trained // weights.depth) + weights.outside}
-    works_sharded = config.early_stopping_patience is None and all(leaf.works_sharded() for leaf in method.leaves())
+    seeing = [{bool(row.images) for row in stage.rows} for stage in found.stages]
+    works_sharded = (
+        config.early_stopping_patience is None
+        and all(leaf.works_sharded() for leaf in method.leaves())
+        and all(len(kinds) < 2 for kinds in seeing)  # check_sharded_rows
+    )
     return Devices(
         gpus,
         Moment.of({**found.training, BUCKETS: trained}),

@@ -44,6 +44,7 @@ class StageRehearsed:
     placement: Placement
     rows: tuple[Row, ...]  # trained on: those of the tasks, and what the method adds
     state: int  # bytes that the method carries on after it
+    flops_once: int  # floating-point operations of a step behind its micro-batches' passes: agem's reference gradient
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Rehearsal:
     projector: int = 0  # of these, the projector's
     optimizer: int = 0  # states of the optimizer, for one adapter
     training: Bytes = field(default_factory=dict)  # all parts, when their sum is largest
-    flops: int = 0  # floating-point operations of training on the longest micro-batch
+    flops: int = 0  # floating-point operations of the passes of the longest micro-batch
     sharded: Bytes = field(default_factory=dict)  # the same, no beginnings of rows shared: FSDP2 cannot
     closing: Bytes = field(default_factory=dict)  # the same, when a task is closed
     evaluating: Bytes = field(default_factory=dict)
@@ -81,7 +82,7 @@ def rehearse(
     batches: Batches,
     fits: Callable[[Row], bool],
     device: str,
-    sharded: bool = False,
+    processes: int = 1,
     on_stage: Callable[[str], None] = lambda name: None,
 ) -> Rehearsal:
     """Go through the run.
@@ -90,7 +91,7 @@ def rehearse(
         backbone: on `meta`, or a real one on the CPU.
         fits: whether a training row is within the run's lengths; others are left out.
         device: cpu | cuda, where the run would be.
-        sharded: whether to look at training without shared beginnings too.
+        processes: of a training; of several, training without shared beginnings is looked at, too.
         on_stage: is told of every stage that begins.
     """
     on_meta = backbone.model.device.type == "meta"
@@ -100,7 +101,7 @@ def rehearse(
             modes.enter_context(floats_are_zero(device))
         live = modes.enter_context(LiveBytes(lambda tensor: LOGITS if vocabulary in tensor.shape else None))
         live.add([*backbone.model.parameters(), *backbone.model.buffers()], BASE)
-        return _Run(config, backbone, batches, fits, live, on_meta).go(tasks, sharded, on_stage)
+        return _Run(config, backbone, batches, fits, live, on_meta, processes).go(tasks, on_stage)
 
 
 @contextmanager
@@ -124,7 +125,9 @@ class _Run:
         fits: Callable[[Row], bool],
         live: LiveBytes,
         on_meta: bool,
+        processes: int,
     ) -> None:
+        self.processes = processes
         self.config, self.backbone, self.batches, self.fits = config, backbone, batches, fits
         self.live, self.on_meta = live, on_meta
         values = {"report_to": "none", **config.training_arguments()}
@@ -141,7 +144,7 @@ class _Run:
         with torch.device("meta" if self.on_meta else "cpu"):
             yield
 
-    def go(self, tasks: Sequence[Task], sharded: bool, on_stage: Callable[[str], None]) -> Rehearsal:
+    def go(self, tasks: Sequence[Task], on_stage: Callable[[str], None]) -> Rehearsal:
         learned: list[tuple[Task, Placement]] = []
         for stage in self.method.schedule(tasks):
             task = stage[0] if len(stage) == 1 else _joined(stage)
@@ -156,7 +159,7 @@ class _Run:
         for task, placement in heaviest:
             on_stage(f"{task.name}, the longest batch")
             found.training = _larger(found.training, self._train(task, placement))
-            if sharded:
+            if self.processes > 1:
                 with patch.object(prefix, "of_batch", lambda *arguments: None):
                     found.sharded = _larger(found.sharded, self._train(task, placement))
         return found
@@ -164,7 +167,7 @@ class _Run:
     # --- learning
 
     def _learn(self, task: Task, names: Sequence[str]) -> Placement:
-        """One stage, with one step on one row."""
+        """One stage, with one step on the longest batch."""
         live, found, method = self.live, self.found, self.method
         with live.part(METHOD):
             placement = method.open_task(self._lean(task))
@@ -173,7 +176,8 @@ class _Run:
                 self.pool.add(placement.adapter, start=placement.start)
         rows = tuple(row for row in method.feed(task.train, placement) if self.fits(row))
         with self._begun(task, placement, rows) as (parameters, optimizer):
-            self._step(self.batches.train[:1], parameters, optimizer)
+            flops, flops_once = self._step(self.batches.train, parameters, optimizer)
+            found.flops = max(found.flops, flops)
             found.optimizer = max(found.optimizer, live.now.get(OPTIMIZER, 0))
         del optimizer
         own = self.pool.projector_parameters(placement.adapter)
@@ -181,7 +185,8 @@ class _Run:
         found.adapters[placement.adapter] = sum(weights.numel() for weights in parameters.values())
         self._close(task)
         state = [value for value in method.state_dict().values() if isinstance(value, torch.Tensor)]
-        found.stages.append(StageRehearsed(tuple(names), placement, rows, sum(value.nbytes for value in state)))
+        size = sum(value.nbytes for value in state)
+        found.stages.append(StageRehearsed(tuple(names), placement, rows, size, flops_once))
         return placement
 
     def _train(self, task: Task, placement: Placement) -> Bytes:
@@ -194,9 +199,7 @@ class _Run:
                 optimizer.zero_grad()
             gc.collect()
             self.live.forget_peak()
-            with Flops() as flops:
-                self._step(self.batches.train, parameters, optimizer)
-        self.found.flops = max(self.found.flops, flops.total // self._micro_batches)
+            self._step(self.batches.train, parameters, optimizer)
         return dict(self.live.at_peak)
 
     @property
@@ -221,7 +224,9 @@ class _Run:
                 self.pool.model,
                 optimizer,
                 total_steps=_STEPS,
-                examples_per_gradient=len(self.batches.train) * self.arguments.gradient_accumulation_steps,
+                examples_per_gradient=len(self.batches.train)
+                * self.arguments.gradient_accumulation_steps
+                * self.processes,
             )
             with self.live.part(METHOD):
                 leaf.begin(training)
@@ -241,8 +246,11 @@ class _Run:
 
     def _step(
         self, rows: Sequence[Row], parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> None:
-        """One optimizer step, as lcia.training makes it; of several micro-batches, two."""
+    ) -> tuple[int, int]:
+        """One optimizer step, as lcia.training makes it; of several micro-batches, two.
+
+        Returns the floating-point operations of a micro-batch's passes, and of what comes behind all of them.
+        """
         live, model, reader, settings = self.live, self.pool.model, self.backbone.reader, self.arguments
         batch = reader.collate([reader.encode(row) for row in rows])
         batch = {name: values.to(self.backbone.model.device) for name, values in batch.items()}
@@ -252,7 +260,7 @@ class _Run:
             live.move(parameter.grad, GRADIENTS)
 
         hooks = [weights.register_post_accumulate_grad_hook(kept) for weights in parameters.values()]
-        with live.part(ACTIVATIONS):
+        with live.part(ACTIVATIONS), Flops() as passes:
             for _ in range(self._micro_batches):
                 logits, targets = answer_logits(model, batch)  # (N, V), (N,)
                 loss = cross_entropy(logits, targets, reduction="sum") / len(targets)
@@ -261,17 +269,20 @@ class _Run:
                 penalty = self.method.penalty({**batch, "answer_logits": logits, **sizes})
                 (loss if penalty is None else loss + penalty).backward()
                 del logits, loss, penalty
-            self.method.see_grads()
-            if settings.max_grad_norm > 0:
-                torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-            self.method.shape_grads()
-        with live.part(OPTIMIZER):
-            optimizer.step()
-        with live.part(METHOD):
-            self.method.after_step()
+        with Flops() as once:
+            with live.part(ACTIVATIONS):
+                self.method.see_grads()
+                if settings.max_grad_norm > 0:
+                    torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+                self.method.shape_grads()
+            with live.part(OPTIMIZER):
+                optimizer.step()
+            with live.part(METHOD):
+                self.method.after_step()
         optimizer.zero_grad()
         for hook in hooks:
             hook.remove()
+        return passes.total // self._micro_batches, once.total
 
     def _close(self, task: Task) -> None:
         live = self.live
@@ -318,10 +329,10 @@ def deeper(first: Rehearsal, second: Rehearsal, more: float) -> Rehearsal:
 
     names = ("projector", "optimizer", "flops")
     numbers = line({name: getattr(first, name) for name in names}, {name: getattr(second, name) for name in names})
-    states = [
-        replace(late, state=line({"": early.state}, {"": late.state})[""])
-        for early, late in zip(first.stages, second.stages, strict=True)
-    ]
+    states = []
+    for early, late in zip(first.stages, second.stages, strict=True):
+        sizes = line(*({"state": one.state, "flops_once": one.flops_once} for one in (early, late)))
+        states.append(replace(late, state=sizes["state"], flops_once=sizes["flops_once"]))
     return Rehearsal(
         stages=states,
         adapters=line(first.adapters, second.adapters),

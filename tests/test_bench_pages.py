@@ -1,0 +1,42 @@
+"""bench/README.md tells what results/bench.json holds, and names tests that there are."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return dict(json.loads((ROOT / "results" / "bench.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("part", ["ablation_training", "ablation_answering"])
+def test_every_kept_optimisation_has_a_line_with_its_ratios(part: str, text: str, found: dict[str, Any]) -> None:
+    for way, alone in found[part]["alone"].items():
+        ratios = re.escape(f"| {alone:.2f}x | {found[part]['together'][way]:.2f}x |")
+        assert re.search(rf"^\| `{way}`: [^|]*{ratios}", text, re.MULTILINE), way
+
+
+def test_the_tests_it_names_are_there(text: str) -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 5
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_losses_and_predictions_were_the_peers(found: dict[str, Any]) -> None:
+    assert all(one["difference"] <= 1e-4 for one in found["training"].values())
+    assert found["proof"]["plain"]["differing"] == 0
+    assert all(one["changed"] == 0 for one in found["growth"])
