@@ -350,6 +350,20 @@ def test_tasks_at_work_are_cancelled_and_waited_for(monkeypatch, script, job, tm
     assert (tmp_path / "times-b").is_file()  # it was waited for: the driver's end would kill what a worker is ending
 
 
+def test_on_a_real_cluster_of_this_machine(job) -> None:
+    """Where the extra `ray` is installed: real commands in Ray's own workers."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        some = [job("right", "bench", "list", "--json"), job("wrong", "resume", "nowhere")]
+        failures = carry_out(some, run_on_ray, quiet())
+    finally:
+        ray.shutdown()
+    assert [(one.job.name, one.exit_code) for one in failures] == [("wrong", 2)]
+    assert json.loads(some[0].log.read_text().split("\n", 1)[1])["coin"]["orders"] == ["origin", "reverse", "alphabet"]
+    assert "not a run folder" in some[1].log.read_text()
+
+
 def test_a_cancelled_task_ends_its_process(monkeypatch, script, job) -> None:
     """Ray raises KeyboardInterrupt in the worker."""
     begun = []
