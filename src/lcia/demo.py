@@ -14,7 +14,7 @@ from lcia.report import Run, comparison_json, comparison_table, load_run, matrix
 from lcia.run import resume, train
 
 METHODS = ("lora", "lcia")
-# Sized to ten minutes on two CPU cores; `make study-demo` runs the full size with three seeds.
+# Sized to six minutes on two CPU cores; `make study-demo` runs the full size with three seeds.
 SETTINGS: dict[str, Any] = {
     "stream": "assistant",
     "model": "smollm2-135m",
