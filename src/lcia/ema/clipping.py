@@ -50,11 +50,9 @@ class ClipWatch:
         # Zeros where there is nothing: DDP also gives a process the gradients of parameters that had a part in the loss
         # of another one only, and all processes must add up the same elements.
         nothing = [torch.zeros_like(_few_of(parameter)) for parameter in self._parameters]
-        copies = [self._copies.pop(id(parameter), None) for parameter in self._parameters]
-        gradients = [None if parameter.grad is None else _few_of(parameter.grad) for parameter in self._parameters]
-        before = torch.cat([zero if one is None else one for one, zero in zip(copies, nothing, strict=True)])
-        after = torch.cat([zero if one is None else one for one, zero in zip(gradients, nothing, strict=True)])
-        before /= loss_scale
+        watched = list(zip(self._parameters, nothing, strict=True))
+        before = torch.cat([self._copies.pop(id(parameter), zero) for parameter, zero in watched]) / loss_scale
+        after = torch.cat([zero if parameter.grad is None else _few_of(parameter.grad) for parameter, zero in watched])
         several = dist.is_initialized() and dist.get_world_size() > 1
         if several and not isinstance(self._parameters[0], DTensor):
             dist.all_reduce(before)
