@@ -34,8 +34,9 @@ ORDER = [
     {"answering", "export"},
     {"report"},
     {"serve"},
-    {"demo", "bench", "jobs"},
+    {"bench", "jobs"},
     {"bench_list"},
+    {"demo"},
     {"cli"},
     {"__init__", "__main__"},
 ]

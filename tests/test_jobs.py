@@ -24,7 +24,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lcia import bench_list, jobs, learning
+from lcia import bench_list, jobs, learning, progress
 from lcia.bench import bench_config
 from lcia.bench_list import bench_runs, outstanding, parse_list, parse_seeds
 from lcia.errors import UserError
@@ -246,6 +246,27 @@ def test_the_board_shows_the_last_line_of_what_is_at_work(job) -> None:
     assert "row 2: colours 12.5" in shown
     assert "over" not in shown
     assert "before" not in shown
+
+
+def test_the_board_shows_how_far_a_run_is_and_its_last_line_between(job, monkeypatch) -> None:
+    one = job("one", "wait")
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    board = jobs._Board([one], console)
+    write_text(one.log, "  row 2: colours 12.5\n")
+    monkeypatch.setenv("LCIA_PROGRESS_FILE", str(one.progress))
+    with Reporter(Console(file=io.StringIO())) as reporter:
+        reporter.start("learning colours", total=24)
+        assert board._state(one) == "learning colours  0/24"
+        monkeypatch.setattr(progress, "_REFRESH_S", 0)
+        reporter.training_step({"step": 3, "total_steps": 24, "loss": 0.5, "examples_per_s": 9.0})
+        assert board._state(one) == "learning colours  3/24  loss 0.500  9.0 examples/s"
+        monkeypatch.setattr(progress, "_REFRESH_S", 3600)
+        reporter.training_step({"step": 4, "total_steps": 24, "examples_per_s": 9.0})
+        assert "3/24" in board._state(one)  # a file is not written for each of many short steps
+    assert board._state(one) == "row 2: colours 12.5"
+    write_text(one.progress, "learning colours  4/24")  # of a process that was killed
+    board.end(one)
+    assert not one.progress.exists()
 
 
 # --- Ray, by a stand-in

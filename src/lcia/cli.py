@@ -103,7 +103,7 @@ def demo(
     """Learn six real tasks with plain LoRA and with lcia on this machine, and compare what is left."""
     from lcia.demo import run_demo
 
-    result = run_demo(Path(output_dir))
+    result = run_demo(Path(output_dir), Console(stderr=True))
     _emit(as_json, result.as_dict(), *result.readable())
 
 

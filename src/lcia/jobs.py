@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lcia.errors import UserError
+from lcia.progress import PROGRESS_FILE
 
 _COMMAND = (sys.executable, "-m", "lcia")
 _POLL_S = 0.1
@@ -43,6 +44,11 @@ class Job:
     log: Path
     threads: int
     folder: Path = field(default_factory=Path.cwd)
+
+    @property
+    def progress(self) -> Path:
+        """A file whose one line says how far it is, while it works."""
+        return self.log.with_name(f".{self.log.stem}.progress")
 
 
 class Finished(NamedTuple):
@@ -159,6 +165,7 @@ def _run(job: Job, environment: Mapping[str, str]) -> int:
 
 def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     settings = {"OMP_NUM_THREADS": str(job.threads), **environment}
+    told = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", PROGRESS_FILE: str(job.progress)}
     with _open(job.log) as log:
         shown = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
         log.write(f"$ {' '.join(shown)} lcia {shlex.join(job.arguments)}\n")
@@ -166,7 +173,7 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*_COMMAND, *job.arguments],
             cwd=job.folder,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **settings},
+            env={**os.environ, **told, **settings},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -230,7 +237,7 @@ def carry_out(
 
 
 class _Board:
-    """A bar over all jobs, and below it the last line that each job at work has printed."""
+    """A bar over all jobs, and below it how far each job at work is, or the last line that it has printed."""
 
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self._console = console
@@ -258,6 +265,7 @@ class _Board:
     def end(self, job: Job) -> None:
         self._left.remove(job)
         self._bar.advance(self._count)
+        job.progress.unlink(missing_ok=True)  # of one that was killed
 
     def new_lines(self, job: Job) -> list[str]:
         """The last lines of this attempt; none if it has not begun."""
@@ -269,12 +277,21 @@ class _Board:
             lines = log.read().decode("utf-8", errors="replace").splitlines()
         return [line.rstrip() for line in lines if line.strip()]
 
+    def _state(self, job: Job) -> str:
+        """In one line; empty if it has not begun."""
+        with contextlib.suppress(OSError):
+            told = job.progress.read_text(encoding="utf-8")
+            if told:  # else it is being written
+                return told
+        lines = self.new_lines(job)
+        return lines[-1].strip() if lines else ""
+
     def __rich__(self) -> Group:
         states = Table.grid(padding=(0, 2))
         states.add_column(no_wrap=True)
         states.add_column(no_wrap=True, overflow="ellipsis")
         for job in list(self._left):  # another thread asks
-            lines = self.new_lines(job)
-            if lines:
-                states.add_row(Text(job.name), Text(lines[-1].strip()))
+            state = self._state(job)
+            if state:
+                states.add_row(Text(job.name), Text(state))
         return Group(self._bar, states)

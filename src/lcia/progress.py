@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,11 +17,16 @@ from rich.table import Table
 
 from lcia.processes import is_main
 
+# names a file: a process whose terminal is another's writes there, in one line, how far it is
+PROGRESS_FILE = "LCIA_PROGRESS_FILE"
+_REFRESH_S = 0.5
+
 
 class Reporter:
     """What a run tells while it works. On a terminal it is redrawn in place; elsewhere one line an event.
 
-    Of several processes the main one speaks.
+    Of several processes the main one speaks. Where LCIA_PROGRESS_FILE names a file, its one line says how far the
+    piece of work is; it is gone when the work is over.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -32,6 +40,9 @@ class Reporter:
             console=self.console,
         )
         self._live: Live | None = None
+        named = os.environ.get(PROGRESS_FILE) if is_main() else None
+        self._file = Path(named) if named else None
+        self._told = float("-inf")  # when the file was written last
         self._title = ""
         self._tasks: list[str] = []
         self._rows: dict[int, dict[str, float]] = {}
@@ -50,6 +61,9 @@ class Reporter:
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
             self._live = None
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.unlink(missing_ok=True)
 
     def start_run(self, title: str, tasks: Sequence[str]) -> None:
         self._title, self._tasks, self._rows = title, list(tasks), {}
@@ -100,6 +114,16 @@ class Reporter:
     def _refresh(self) -> None:
         if self._live is not None:
             self._live.update(self._render())
+        if self._file is not None and self._current is not None and time.monotonic() - self._told > _REFRESH_S:
+            self._told = time.monotonic()
+            with contextlib.suppress(OSError):  # a line about the work must not end it
+                self._file.write_text(self._one_line(), encoding="utf-8")
+
+    def _one_line(self) -> str:
+        """The piece of work at hand: `learning travel  12/24  loss 0.310`."""
+        task = next(task for task in self._bar.tasks if task.id == self._current)
+        count = "" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}"
+        return "  ".join(part for part in (task.description, count, task.fields["note"]) if part)
 
     def _render(self) -> Group:
         table = Table(title=self._title or None, title_justify="left")

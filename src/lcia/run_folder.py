@@ -40,6 +40,9 @@ from lcia.files import append_json_line, file_sha256, move_durably, write_json, 
 from lcia.methods import Combined
 from lcia.processes import on_main
 
+# There before a run begins, where something else begins it.
+_BESIDE_A_RUN = {".lock", ".log.progress", "log.txt"}
+
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -74,7 +77,7 @@ class RunFolder:
                 f"output_dir {self.path} holds another run; choose another output_dir, "
                 f"or go on with `lcia resume {self.path}`"
             )
-        if self.path.exists() and any(entry.name not in (".lock", "log.txt") for entry in self.path.iterdir()):
+        if self.path.exists() and any(entry.name not in _BESIDE_A_RUN for entry in self.path.iterdir()):
             raise UserError(f"output_dir {self.path} is not empty and holds no run; choose another output_dir")
         return self
 

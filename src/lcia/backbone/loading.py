@@ -31,6 +31,7 @@ from lcia.backbone.layout import ENCODER_DECODER, GRID_VISION_LANGUAGE, Layout, 
 from lcia.backbone.reader import ImageReader, Reader
 from lcia.backbone.vision_memo import VisionMemo
 from lcia.errors import UserError, did_you_mean
+from lcia.files import alone
 
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -252,6 +253,14 @@ def _dequantised(gguf: Path) -> Path:
         return folder
     if find_spec("gguf") is None:
         raise UserError(f"model {gguf.name}: reading GGUF needs the package gguf: pip install 'lcia[demo]'")
+    with alone(folder.with_name(f".{folder.name}.lock")):
+        if not (folder / "complete.json").is_file():  # else a run beside this one has made it
+            _convert(gguf, digest, folder)
+    return folder
+
+
+def _convert(gguf: Path, digest: str, folder: Path) -> None:
+    """A GGUF file as a folder with an ordinary model and its tokenizer."""
     from transformers import GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -273,4 +282,3 @@ def _dequantised(gguf: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
