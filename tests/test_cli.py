@@ -347,6 +347,7 @@ def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:
     assert "saves 64 tokens of padding" in facts["prompts"]
     assert "1 lists kept" in facts["answers"]
     assert facts["freed memory"].startswith("kept" if machine.keep_freed_memory() else "given back")
+    assert facts["kernels"] == "oneDNN keeps the last 64"
 
 
 def test_doctor_tells_another_machines_paths(monkeypatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -64,7 +66,7 @@ def printed(planned: Plan) -> str:
     return console.file.getvalue()
 
 
-# --- four runs that were planned, and then made under the eyes of torch's allocator
+# --- five runs that were planned, and then made under the eyes of torch's allocator
 
 
 @dataclass
@@ -120,6 +122,8 @@ LIVES: dict[str, dict[str, Any]] = {
     "t5": {"method": "ewc", "attn_implementation": "sdpa", "tasks": ["colours", "paints"]},
     "llava": {"method": "lcia", "activation_checkpointing": True, "tasks": ["colours", "paints"]},
     "init": {"method": "llaca", "tasks": ["colours", "paints"], "init_max_steps": 1},
+    # half of the prompts are much longer than the others, and passed by themselves
+    "lengths": {"method": "lora"},
 }
 
 
@@ -148,6 +152,9 @@ def lives(
         if kind == "llava":
             (folder / "squares").mkdir()
             values |= {"model": str(tiny_llava(folder / "model")), "stream": str(square_stream(folder / "squares"))}
+        if kind == "lengths":
+            values["stream"] = str(folder / "stream")
+            _unlike_lengths(folder / "stream")
         if kind == "init":
             values["init_stream"] = {"path": str(tiny_stream), "tasks": ["animals", "paints"]}
         config = parse_config(values, "test")
@@ -158,7 +165,7 @@ def lives(
             monkeypatch.setattr("lcia.backbone.loading._greedy", _endless)
             learning.around(lcia.learning, "learn_task", monkeypatch)
             answering.around(lcia.evaluation, "generate_answers", monkeypatch)
-            planned = plan(config, memory_gib=1.0)
+            planned = plan(config, memory_gib=100.0)
             train(config)
         return Lived(config, planned, learning.peaks, max(answering.peaks))
 
@@ -178,8 +185,22 @@ def _endless(model: Any, tokenizer: Any) -> Any:
     return GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id, decoder_start_token_id=start)
 
 
+def _unlike_lengths(folder: Path) -> None:
+    folder.mkdir()
+    rows = [
+        {
+            "instruction": "Name it",
+            "input": "item " * (1 + 20 * (i % 2)) + str(i),
+            "output": "red",
+            "split": "train" if i % 3 else "test",
+        }
+        for i in range(48)
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def without(moment: Any, *parts: str) -> int:
-    return int(moment.peak - sum(moment.parts[part] for part in parts))
+    return int(moment.peak - sum(moment.parts.get(part, 0) for part in parts))
 
 
 @pytest.mark.parametrize("kind", LIVES)
@@ -196,9 +217,54 @@ def test_training_takes_the_bytes_that_were_planned(lives: Callable[[str], Lived
 @pytest.mark.parametrize("kind", LIVES)
 def test_answering_takes_the_bytes_that_were_planned(lives: Callable[[str], Lived], kind: str) -> None:
     lived = lives(kind)
+    assert lived.planned.how.startswith("rehearsed")
     images = 3 * BYTES_OF_AN_IMAGE if kind == "llava" else 0
     above = without(lived.planned.evaluating, BASE, ADAPTERS, METHOD)  # what was there when a batch came
     assert above == pytest.approx(lived.answering + images, rel=0.05)
+
+
+# As the command does, but the allocator maps every tensor by itself, and gives it back: it leaves no gaps.
+GAPLESS = """
+import ctypes, sys
+from lcia import cli, machine
+def every_tensor_by_itself():
+    ctypes.CDLL(None).mallopt(-3, 2**16)
+machine.keep_freed_memory = every_tensor_by_itself
+sys.argv[0] = "lcia"
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_process_takes_what_was_planned(tiny_model: Path, tmp_path: Path) -> None:
+    """On a CPU, libraries and all: the highest resident memory of a run in a process of its own."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    _unlike_lengths(tmp_path / "stream")
+    values = {
+        "stream": str(tmp_path / "stream"),
+        "model": str(tmp_path / "model"),
+        "method": "lcia",
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 12,
+        "max_new_tokens": 4,
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+
+    def command(*arguments: str) -> dict[str, Any]:
+        words = [sys.executable, "-c", GAPLESS, *arguments, "--json"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return dict(json.loads(done.stdout))
+
+    planned, results = command("plan", "config.yaml"), command("train", "config.yaml")
+    assert planned["peak"] > 1.2 * planned["libraries"]  # or it would say little
+    assert planned["needed"] == planned["peak"] + planned["libraries"]
+    assert planned["needed"] / 2**20 == pytest.approx(results["cost"]["peak_memory_mib"], rel=0.1)
 
 
 def test_an_init_stage_is_a_run_before_the_run(lives: Callable[[str], Lived]) -> None:
@@ -477,7 +543,7 @@ def test_the_command_writes_one_document_and_no_file(
     config = tiny_config(**{**SMALL, "method": "zero_shot"})
     path = tmp_path / "config.yaml"
     path.write_text(config.as_yaml())
-    code, out, _ = lcia("plan", path, "--json", "--memory", "1")
+    code, out, _ = lcia("plan", path, "--json", "--memory", "100")
     document = json.loads(out)
     assert code == 0
     assert document["fits"] is True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +59,7 @@ def examine() -> Findings:
         "image features": "of lite-llava's frozen tower: once per image, kept in the cache",
         "averages": "one flat buffer for all tensors; no wait for the device but for one check of finite numbers",
         "processes": _processes(),
+        "kernels": f"oneDNN keeps the last {os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '1024')}",
         "freed memory": "kept for reuse (mallopt)" if keep_freed_memory() else "given back to the system",
         "cache": f"{cache_dir()} ({shutil.disk_usage(_existing(cache_dir())).free / 2**30:.0f} GiB free)",
     }

@@ -96,9 +96,10 @@ def of_prompts(
     parts = _of_like_length(lengths, LEAST_ON_GPU if ids.is_cuda else LEAST_ON_CPU)
     if len(parts) == 1 or is_sharding() or not _goes_on_from_caches(model):
         return None
-    filled: list[tuple[list[int], int, DynamicCache]] = []
-    for rows in parts:
-        longest = max(lengths[row] for row in rows)
+    filled: list[tuple[torch.Tensor, int, DynamicCache]] = []
+    for part in parts:
+        longest = max(lengths[row] for row in part)
+        rows = torch.tensor(part, device=ids.device)
         cache = DynamicCache(config=model.config)
         for number, layer in enumerate(begun.layers if begun is not None else []):
             cache.update(layer.keys[rows], layer.values[rows], number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +10,7 @@ from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from transformers import AutoConfig, TrainingArguments
 
@@ -17,6 +19,7 @@ from lcia.backbone.reader import ImageReader
 from lcia.config import RunConfig
 from lcia.errors import UserError
 from lcia.init_stage import check_init, init_config
+from lcia.machine import give_back_freed_memory
 from lcia.methods import PGP, Combined, ContinualLLaVA, EProj, Method, build_method
 from lcia.planning.counting import FP32, Disk, Evaluations, count_disk, count_evaluations, optimizer_steps
 from lcia.planning.lengths import Lengths
@@ -140,6 +143,7 @@ class Plan:
     train_batch: Batch | None
     eval_batch: Batch
     devices: Devices | None  # while training
+    libraries: int | None  # bytes of a process on a CPU beside its tensors: of this one, measured; None: on a GPU
     init: InitPlan | None
     memory_gib: float | None  # of one device, as asked
     fits: bool | None
@@ -166,6 +170,11 @@ class Plan:
         return max(moment.peak for moment in moments if moment is not None)
 
     @property
+    def needed(self) -> int:
+        """Bytes that must be there: of one GPU the tensors, of a CPU's memory the libraries, code and data too."""
+        return self.peak + (self.libraries or 0)
+
+    @property
     def training_s(self) -> float | None:
         """At the rate that was measured, or asked; evaluation is not in it."""
         if self.measured is not None:
@@ -175,7 +184,13 @@ class Plan:
         return self.flops / (self.tflops * 1e12 * (self.devices.gpus if self.devices else 1))
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "steps": self.steps, "peak": self.peak, "training_s": self.training_s}
+        return {
+            **asdict(self),
+            "steps": self.steps,
+            "peak": self.peak,
+            "needed": self.needed,
+            "training_s": self.training_s,
+        }
 
     def __rich__(self) -> RenderableType:
         from lcia.planning.table import render
@@ -218,6 +233,7 @@ def plan_run(
     test, eval_batch = _longest_answered(stream, rows, backbone, config)
     weights = _weights(backbone)
     found, how = _rehearsed(config, backbone, stream, Batches(train, test), rows, device, gpus or 1, reporter)
+    libraries = _resident() if device == "cpu" else None
 
     stages = _stages(found, config, gpus or 1, rows)
     training = Moment.of(found.training) if found.training else None
@@ -250,6 +266,7 @@ def plan_run(
         train_batch=train_batch,
         eval_batch=eval_batch,
         devices=_devices(gpus, found, method, weights, config),
+        libraries=libraries,
         init=None if init is None else init.plan,
         memory_gib=memory_gib,
         fits=None,
@@ -264,7 +281,7 @@ def plan_run(
         measured=measured,
         notes=tuple(_notes(config, method, stream, rows, gpus)),
     )
-    return plan if memory_gib is None else replace(plan, fits=plan.peak <= memory_gib * GIB)
+    return plan if memory_gib is None else replace(plan, fits=plan.needed <= memory_gib * GIB)
 
 
 @dataclass(frozen=True)
@@ -439,6 +456,13 @@ def _flops(found: Rehearsal, stages: Sequence[StagePlan], longest: Batch, proces
 
 
 # --- memory
+
+
+def _resident() -> int:
+    """Bytes that this process holds: what the run's will hold without tensors, as it has gone through all of it."""
+    gc.collect()
+    give_back_freed_memory()
+    return int(psutil.Process().memory_info().rss)
 
 
 @dataclass(frozen=True)

@@ -94,13 +94,19 @@ def _lines(plan: Plan) -> Iterator[str]:
             yield f"longest {what}: {batch.rows} rows of {batch.task}, up to {batch.longest} tokens"
     if plan.training is not None:
         yield f"gradients: {size(plan.gradients)} when all are there; they come as activations go"
+    if plan.libraries is not None:
+        yield (
+            f"the process: {size(plan.needed)}, of which {size(plan.libraries)} are libraries, code and data "
+            "(those of this one)"
+        )
     if plan.memory_gib is not None:
         yield _fit(plan, plan.memory_gib)
     yield _disk(plan)
     cells, reused = plan.evaluations.cells, plan.evaluations.reusable
     yield f"steps: {plan.steps:,}; cells of the matrix: {cells}, of which at most {reused} repeat an earlier one"
     yield from _time(plan)
-    yield f"memory {plan.how}. Beside tensors: libraries, kernels' own buffers, the allocator's gaps"
+    beside = "libraries, kernels'" if plan.libraries is None else "kernels'"
+    yield f"memory {plan.how}. Beside it: {beside} own buffers, the allocator's gaps"
     yield from (f"note: {note}" for note in plan.notes)
 
 
@@ -111,7 +117,8 @@ def _fit(plan: Plan, memory_gib: float) -> str:
         left = there - needed
         return f"{size(needed)}, " + (f"fits, {size(left)} left" if left >= 0 else f"does not fit, {size(-left)} over")
 
-    line = f"tensors in {memory_gib:g} GiB: {verdict(plan.peak)}"
+    what = "tensors" if plan.libraries is None else "the process"
+    line = f"{what} in {memory_gib:g} GiB: {verdict(plan.needed)}"
     if plan.devices is None or plan.devices.gpus == 1:
         return line
     if plan.devices.fsdp2 is None:
