@@ -105,10 +105,10 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
     from lcia.backbone import load_backbone
     from lcia.config import RunConfig
     from lcia.evaluation import Decoding, generate_answers
-    from lcia.machine import keep_freed_memory
+    from lcia.machine import prepare
     from lcia.stream import load_stream
 
-    keep_freed_memory()
+    prepare()
     backbone = load_backbone(model, "bfloat16")
     reader = backbone.reader
     lists = [[reader.encode_prompt(row) for row in task.test[:PROMPTS]] for task in load_stream("assistant")]

@@ -52,11 +52,11 @@ def trained(folder: Path, model: str, dtype: str, steps: int, rows: int) -> Path
 
 def by_lcia(run: Path) -> dict[str, Any]:
     """Every row, no prediction taken over from an earlier run."""
-    from lcia.machine import keep_freed_memory
+    from lcia.machine import prepare
     from lcia.progress import Reporter
     from lcia.run import measure_again
 
-    keep_freed_memory()  # as the command does
+    prepare()  # as the command does
     with tempfile.TemporaryDirectory() as kept, fresh_answers(Path(kept)), Reporter() as bar:
         rows = measure_again(run, bar, all_rows=True)["rows"]
     return {

@@ -59,11 +59,11 @@ def config_of(folder: Path, steps: int, dtype: str, model: str) -> Any:
 
 
 def by_lcia(config: Any) -> dict[str, Any]:
-    from lcia.machine import keep_freed_memory
+    from lcia.machine import prepare
     from lcia.progress import Reporter
     from lcia.run import train
 
-    keep_freed_memory()  # as the command does
+    prepare()  # as the command does
     with Reporter() as reporter:
         results = train(config, reporter)
     log = (Path(config.output_dir) / "training_log.jsonl").read_text(encoding="utf-8").splitlines()

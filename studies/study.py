@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,9 @@ def run_all(
     commands = {name: _command(study, name, runs[name], shared.get(name)) for name in pending}
     _carry_out(study, commands, jobs, lambda name: _keep(study, name, runs[name]))
     results = {name: json.loads(_kept(study, name).read_text(encoding="utf-8")) for name in runs}
+    unknown = [name for name, found in results.items() if "config" not in found]
+    if unknown:
+        print(f"note: {len(unknown)} older results do not tell their settings: {', '.join(unknown)}", file=sys.stderr)
     for name, found in results.items():
         _require_same(found, runs[name], _kept(study, name))
     return results

@@ -335,6 +335,8 @@ def test_mistakes_after_training(lcia, refused, config, tmp_path, arguments, mes
 
 def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LCIA_CACHE", str(tmp_path))
+    for name in machine.KERNELS_KEPT:
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "one.json").write_text("[]")
     code, out, _ = lcia("doctor", "--json")
@@ -348,6 +350,9 @@ def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:
     assert "1 lists kept" in facts["answers"]
     assert facts["freed memory"].startswith("kept" if machine.keep_freed_memory() else "given back")
     assert facts["kernels"] == "oneDNN keeps the last 64"
+    monkeypatch.delenv(machine.KERNELS_KEPT[0])
+    monkeypatch.setenv(machine.KERNELS_KEPT[1], "7")  # the user's own
+    assert "oneDNN keeps the last 7" in lcia("doctor", "--json")[1]
 
 
 def test_doctor_tells_another_machines_paths(monkeypatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from lcia import demo, jobs
+from lcia import bench_list, demo, jobs
+from lcia.errors import UserError
 from lcia.run_folder import RunFolder
 
 Run = Callable[..., tuple[int, str, str]]
@@ -46,18 +50,39 @@ def test_two_runs_a_report_and_answers_and_again_without_work(lcia: Run, small: 
     assert json.loads(again)["answers"] == told["answers"]
 
 
-def test_one_core_has_one_run_at_a_time(lcia: Run, small: Path, monkeypatch) -> None:
-    at_once = []
+@pytest.mark.parametrize(
+    ("cores", "free_gib", "devices", "at_once"),
+    [(1, 99, 0, 1), (2, 99, 0, 2), (16, 99, 0, 2), (16, 3, 0, 1), (16, 1, 0, 1), (1, 1, 2, 2), (16, 99, 1, 1)],
+)
+def test_as_many_runs_at_a_time_as_there_is_room_for(monkeypatch, cores, free_gib, devices, at_once) -> None:
+    monkeypatch.setattr(demo.torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr(demo.psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gib * 2**30))
+    assert demo._at_once(devices) == at_once
 
-    def begin_nothing(jobs_, runner, console):
-        at_once.append(runner.keywords["at_once"])
-        return [jobs.Failure(job, 1, ("no",)) for job in jobs_]
 
-    monkeypatch.setattr(demo, "carry_out", begin_nothing)
-    code, _, err = lcia("demo")
-    assert code == 1
-    assert "lora and lcia failed; the same command goes on" in err
-    assert at_once == [1]
+def test_a_run_that_fails_and_the_same_command_again(lcia: Run, small: Path, monkeypatch) -> None:
+    with monkeypatch.context() as failing:
+        failing.setattr(jobs, "_COMMAND", (sys.executable, "-c", "import sys; sys.exit('lcia: a full disk')"))
+        code, out, err = lcia("demo")
+    assert (code, out) == (1, "")
+    assert "lora and lcia, 1 at a time" in err
+    assert "lcia: a full disk" in err
+    assert err.endswith("lcia: lora and lcia failed; the same command goes on\n")
+    assert lcia("demo")[0] == 0
+
+
+def test_without_its_model_nothing_begins(lcia: Run, small: Path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "model": "smollm2-135"})
+    code, out, err = lcia("demo")
+    assert (code, out) == (2, "")
+    assert "smollm2-135m" in err
+    assert not small.exists()
+
+
+def test_processes_of_a_launcher_begin_no_demo(lcia: Run, small: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bench_list.processes, "count", lambda: 2)
+    with pytest.raises(UserError, match="torchrun"):
+        demo.run_demo(small, Console(quiet=True))
 
 
 def test_a_demo_with_other_settings_is_refused(lcia: Run, small: Path, monkeypatch) -> None:

@@ -265,8 +265,22 @@ def test_the_board_shows_how_far_a_run_is_and_its_last_line_between(job, monkeyp
         assert "3/24" in board._state(one)  # a file is not written for each of many short steps
     assert board._state(one) == "row 2: colours 12.5"
     write_text(one.progress, "learning colours  4/24")  # of a process that was killed
+    assert RunFolder(one.log.parent).require_free()  # a run can begin beside it
     board.end(one)
     assert not one.progress.exists()
+    write_text(one.progress, "learning colours  4/24")  # of a command that was killed
+    assert jobs._Board([one], console)._state(one) != "learning colours  4/24"
+
+
+def test_what_begins_is_told_at_once(job, monkeypatch) -> None:
+    one = job("one", "wait")
+    one.log.parent.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("LCIA_PROGRESS_FILE", str(one.progress))
+    with Reporter(Console(file=io.StringIO())) as reporter:
+        reporter.start("measuring row 1", total=1)
+        reporter.advance()
+        reporter.start("learning animals", total=None)  # its first step may take minutes
+        assert one.progress.read_text() == "learning animals"
 
 
 # --- Ray, by a stand-in

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import json
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -235,7 +237,7 @@ cli.main()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_a_process_takes_what_was_planned(tiny_model: Path, tmp_path: Path) -> None:
     """On a CPU, libraries and all: the highest resident memory of a run in a process of its own."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -258,11 +260,12 @@ def test_a_process_takes_what_was_planned(tiny_model: Path, tmp_path: Path) -> N
 
     def command(*arguments: str) -> dict[str, Any]:
         words = [sys.executable, "-c", GAPLESS, *arguments, "--json"]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+        on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(words, cwd=tmp_path, env=on_cpu, capture_output=True, text=True, check=True)
         return dict(json.loads(done.stdout))
 
     planned, results = command("plan", "config.yaml"), command("train", "config.yaml")
-    assert planned["peak"] > 1.2 * planned["libraries"]  # or it would say little
+    assert planned["peak"] > 700 * 2**20  # or it would say little
     assert planned["needed"] == planned["peak"] + planned["libraries"]
     assert planned["needed"] / 2**20 == pytest.approx(results["cost"]["peak_memory_mib"], rel=0.1)
 

@@ -88,8 +88,11 @@ def outstanding(runs: Sequence[BenchRun], threads: int) -> list[Job]:
     """The runs that are not finished, as jobs: those that began go on, with the threads they began with.
 
     Raises:
-        UserError: a folder holds something else than the run that is asked for.
+        UserError: a folder holds something else than the run that is asked for, or this process is one of several that
+            a launcher began.
     """
+    if processes.count() > 1:
+        raise UserError("several runs are begun by one process; leave out accelerate launch or torchrun")
     jobs = []
     for run in runs:
         folder, log = RunFolder(run.folder), RunFolder(run.folder).log.absolute()
@@ -174,8 +177,6 @@ def run_all(name: str, runs: Sequence[BenchRun], threads: int, runner: Runner, c
     Raises:
         UserError: as `outstanding`, before anything is begun.
     """
-    if processes.count() > 1:
-        raise UserError("bench run: several runs are begun by one process; leave out accelerate launch or torchrun")
     jobs = outstanding(runs, threads)
     kept = len(runs) - len(jobs)
     console.print(f"{len(runs)} runs, {kept} finished before", highlight=False)

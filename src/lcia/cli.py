@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lcia import processes
-from lcia.errors import GateError, UserError
+from lcia.errors import GateError, RunsFailed, UserError
 
 if TYPE_CHECKING:
     from lcia.config import RunConfig
@@ -50,10 +50,9 @@ StreamOptions = Annotated[
 
 def main() -> None:
     """Entry point: errors of the user's input end with one message and exit code 2, a gate with 3."""
-    from lcia.machine import keep_freed_memory, limit_kept_kernels
+    from lcia.machine import prepare
 
-    keep_freed_memory()
-    limit_kept_kernels()
+    prepare()
     processes.is_main()  # joins the others, where a launcher has started several
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # redrawn bars of the libraries would fill a log with fragments
@@ -64,7 +63,7 @@ def _exit_code() -> int:
     """Run the command; what went wrong is told on stderr."""
     try:
         app()
-    except (UserError, GateError) as error:
+    except (UserError, GateError, RunsFailed) as error:
         if processes.is_main():
             print(f"lcia: {error}", file=sys.stderr)
         return error.exit_code
@@ -481,8 +480,7 @@ def bench_run(
         found = run_all(name, runs, share, runner, Console(stderr=True))
         _emit(as_json, found.as_dict(), *found.readable())
         if found.failures:
-            print(f"lcia: {len(found.failures)} of {len(runs)} runs failed; the same command goes on", file=sys.stderr)
-            raise typer.Exit(1)
+            raise RunsFailed(f"{len(found.failures)} of {len(runs)} runs failed; the same command goes on")
         return
     if threads or jobs:
         import torch

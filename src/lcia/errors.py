@@ -21,6 +21,12 @@ class GateError(Exception):
     exit_code = 3
 
 
+class RunsFailed(Exception):
+    """Of runs in processes of their own some failed; what they said has been told: exit code 1."""
+
+    exit_code = 1
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A sentence that names the nearest valid name, or lists all of them when none is near."""
     names = sorted(valid)

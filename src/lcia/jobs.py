@@ -132,6 +132,7 @@ def run_on_ray(jobs: Sequence[Job]) -> Generator[Finished, None, None]:
         ray.init()
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     environment = {name: value for name, value in os.environ.items() if name.startswith("LCIA_")}
+    environment.pop(PROGRESS_FILE, None)  # of the driver itself
     waiting = {}
     try:
         for job in jobs:
@@ -173,7 +174,7 @@ def _start(job: Job, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [*_COMMAND, *job.arguments],
             cwd=job.folder,
-            env={**os.environ, **told, **settings},
+            env={**os.environ, **settings, **told},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -242,6 +243,8 @@ class _Board:
     def __init__(self, jobs: Sequence[Job], console: Console) -> None:
         self._console = console
         self._before = {job: job.log.stat().st_size if job.log.is_file() else 0 for job in jobs}  # bytes
+        for job in jobs:
+            job.progress.unlink(missing_ok=True)  # of an attempt that was killed
         self._left = list(jobs)
         columns = (TextColumn("runs"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console)
@@ -265,7 +268,7 @@ class _Board:
     def end(self, job: Job) -> None:
         self._left.remove(job)
         self._bar.advance(self._count)
-        job.progress.unlink(missing_ok=True)  # of one that was killed
+        job.progress.unlink(missing_ok=True)
 
     def new_lines(self, job: Job) -> list[str]:
         """The last lines of this attempt; none if it has not begun."""
@@ -280,7 +283,7 @@ class _Board:
     def _state(self, job: Job) -> str:
         """In one line; empty if it has not begun."""
         with contextlib.suppress(OSError):
-            told = job.progress.read_text(encoding="utf-8")
+            told = job.progress.read_text(encoding="utf-8", errors="replace")
             if told:  # else it is being written
                 return told
         lines = self.new_lines(job)

@@ -76,6 +76,7 @@ class Reporter:
         self._current = self._bar.add_task(what, total=total, note="")
         self._started = time.monotonic()
         self._loss = float("nan")
+        self._told = float("-inf")  # what begins is told at once: its first unit may take minutes
         self._refresh()
 
     def advance(self, units: int = 1) -> None:

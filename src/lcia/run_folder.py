@@ -13,7 +13,8 @@
       evaluations/       what `lcia eval` measured later
       training_log.jsonl
       results.json
-      log.txt            what the run printed, where a list of runs began it
+      log.txt            what the run printed, where a list of runs or the demo began it (and .log.progress
+                         while it works: in one line, how far it is)
 
 The ledger's lines are the truth: a folder that no line names is unfinished work and is made again.
 """
