@@ -113,7 +113,7 @@ def _grid_table(title: str, grid: Grid) -> Table:
 
 def matrix_table(run: Run) -> Table:
     """For the console: the accuracy matrix of one run, percent; `–` was not measured."""
-    table = _console(f"{run.method}, seed {run.seed}: score in percent")
+    table = _console(f"{run.method}, seed {run.seed}: percent")
     wide = len(run.tasks) > _WIDE_STREAM
     table.padding = (0, 0 if wide else 1)
     table.add_column("", no_wrap=True, max_width=_ROW_NAME_WIDTH_WIDE if wide else _ROW_NAME_WIDTH)
