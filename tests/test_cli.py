@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -349,10 +351,31 @@ def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:
     assert "saves 64 tokens of padding" in facts["prompts"]
     assert "1 lists kept" in facts["answers"]
     assert facts["freed memory"].startswith("kept" if machine.keep_freed_memory() else "given back")
+    assert ("leaves gaps" in facts["freed memory"]) == machine.has_glibc()  # this process is not the command's
     assert facts["kernels"] == "oneDNN keeps the last 64"
     monkeypatch.delenv(machine.KERNELS_KEPT[0])
     monkeypatch.setenv(machine.KERNELS_KEPT[1], "7")  # the user's own
     assert "oneDNN keeps the last 7" in lcia("doctor", "--json")[1]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    words = [sys.executable, "-m", "lcia", *arguments]
+    return subprocess.run(words, env={**kept, **environment}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not machine.has_glibc(), reason="glibc's allocator")
+def test_the_command_starts_without_thread_caches() -> None:
+    done = command("doctor", "--json")
+    assert done.returncode == 0
+    assert "thread caches are off" in json.loads(done.stdout)["facts"]["freed memory"]
+    others = command("doctor", "--json", GLIBC_TUNABLES="glibc.malloc.perturb=0")  # it keeps what a user has set
+    assert "thread caches are off" in json.loads(others.stdout)["facts"]["freed memory"]
+    own = command("doctor", "--json", GLIBC_TUNABLES="glibc.malloc.tcache_count=3")
+    assert "leaves gaps" in json.loads(own.stdout)["facts"]["freed memory"]
+    wrong = command("train", "no such file")
+    assert (wrong.returncode, wrong.stdout) == (2, "")  # arguments arrive as they were, and so does the exit code
+    assert "no such file" in wrong.stderr
 
 
 def test_doctor_tells_another_machines_paths(monkeypatch) -> None:

@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from lcia import run
 from lcia.config import load_config, parse_config
 from lcia.errors import UserError
 from lcia.grouping import Codebook
+from lcia.machine import has_glibc
 from lcia.methods import METHODS
 from lcia.planning import Plan, plan_run
 from lcia.planning.lengths import Lengths
@@ -225,19 +225,7 @@ def test_answering_takes_the_bytes_that_were_planned(lives: Callable[[str], Live
     assert above == pytest.approx(lived.answering + images, rel=0.05)
 
 
-# As the command does, but the allocator maps every tensor by itself, and gives it back: it leaves no gaps.
-GAPLESS = """
-import ctypes, sys
-from lcia import cli, machine
-def every_tensor_by_itself():
-    ctypes.CDLL(None).mallopt(-3, 2**16)
-machine.keep_freed_memory = every_tensor_by_itself
-sys.argv[0] = "lcia"
-cli.main()
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.skipif(not has_glibc(), reason="another allocator leaves other gaps")
 def test_a_process_takes_what_was_planned(tiny_model: Path, tmp_path: Path) -> None:
     """On a CPU, libraries and all: the highest resident memory of a run in a process of its own."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -252,14 +240,14 @@ def test_a_process_takes_what_was_planned(tiny_model: Path, tmp_path: Path) -> N
         "model": str(tmp_path / "model"),
         "method": "lcia",
         "output_dir": str(tmp_path / "run"),
-        "max_steps": 2,
+        "max_steps": 4,
         "per_device_train_batch_size": 12,
         "max_new_tokens": 4,
     }
     (tmp_path / "config.yaml").write_text(json.dumps(values))
 
     def command(*arguments: str) -> dict[str, Any]:
-        words = [sys.executable, "-c", GAPLESS, *arguments, "--json"]
+        words = [sys.executable, "-m", "lcia", *arguments, "--json"]
         on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(words, cwd=tmp_path, env=on_cpu, capture_output=True, text=True, check=True)
         return dict(json.loads(done.stdout))
@@ -267,7 +255,7 @@ def test_a_process_takes_what_was_planned(tiny_model: Path, tmp_path: Path) -> N
     planned, results = command("plan", "config.yaml"), command("train", "config.yaml")
     assert planned["peak"] > 700 * 2**20  # or it would say little
     assert planned["needed"] == planned["peak"] + planned["libraries"]
-    assert planned["needed"] / 2**20 == pytest.approx(results["cost"]["peak_memory_mib"], rel=0.1)
+    assert planned["needed"] / 2**20 == pytest.approx(results["cost"]["peak_memory_mib"], rel=0.15)
 
 
 def test_an_init_stage_is_a_run_before_the_run(lives: Callable[[str], Lived]) -> None:

