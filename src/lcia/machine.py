@@ -16,7 +16,7 @@ def start_again_without_thread_caches() -> None:
 
     torch asks for memory at multiples of 64 bytes, and glibc cuts them out of larger pieces. What it cuts off would go
     to a thread's cache, where it never joins its neighbours again: the hole that a freed tensor leaves is then a little
-    too small for the next one of the same size. A training step of SmolLM2 held a fifth more for it. glibc reads the
+    too small for the next one of the same size. A training step of SmolLM2 held an eighth more for it. glibc reads the
     setting when a process starts, and nowhere else. A user's own setting stays.
     """
     if not has_glibc() or "tcache_count" in os.environ.get(_TUNABLES, ""):
