@@ -79,7 +79,6 @@ def run_demo(folder: Path, console: Console) -> DemoResult:
         UserError: the model's package is missing, or a folder holds something else than the demo's run.
         RunsFailed: what they said is on the console.
     """
-    find_model(SETTINGS["model"])  # once for both
     demo = []
     for method in METHODS:
         config = RunConfig(**SETTINGS, method=method, output_dir=str(folder / method))
@@ -88,6 +87,7 @@ def run_demo(folder: Path, console: Console) -> DemoResult:
     at_once = _at_once(len(devices))
     jobs = outstanding(demo, threads_each(None, at_once))
     if jobs:
+        find_model(SETTINGS["model"])  # once for both
         for run in demo:
             write_text(Path(run.arguments[-1]), run.config.as_yaml())
         names = " and ".join(job.name for job in jobs)
