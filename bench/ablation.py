@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from lcia.machine import start_again_without_small_caches
 from training import by_lcia, config_of
 
 WAYS = {
@@ -32,7 +33,6 @@ WAYS = {
     "logits": "logits of answer tokens alone, asked for by index",
     "lora": "LoRA added in the output's memory, scaled where it is narrow (lcia.adapters.lora)",
     "attention": "eager attention on a CPU, where fused attention's backward pass is slow in bfloat16",
-    "memory": "freed memory is kept for the next step",
 }
 ANSWERING = {
     "prefix": WAYS["prefix"],
@@ -92,8 +92,6 @@ def train(off: set[str], steps: int, model: str) -> dict[str, Any]:
             changed.enter_context(without("lcia.adapters.pool.use_own_forward", lambda _: None))
         if "attention" in off:
             config.attn_implementation = "sdpa"
-        if "memory" in off:
-            changed.enter_context(without("lcia.machine.keep_freed_memory", lambda: False))
         found = by_lcia(config)
     return {"seconds": found["seconds"] / len(found["losses"]), "losses": found["losses"]}
 
@@ -105,10 +103,10 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
     from lcia.backbone import load_backbone
     from lcia.config import RunConfig
     from lcia.evaluation import Decoding, generate_answers
-    from lcia.machine import prepare
+    from lcia.machine import limit_kept_kernels
     from lcia.stream import load_stream
 
-    prepare()
+    limit_kept_kernels()
     backbone = load_backbone(model, "bfloat16")
     reader = backbone.reader
     lists = [[reader.encode_prompt(row) for row in task.test[:PROMPTS]] for task in load_stream("assistant")]
@@ -234,6 +232,8 @@ if __name__ == "__main__":
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--off", default="", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.train or chosen.answer:
+        start_again_without_small_caches()  # as the command does
     off_ways = set(filter(None, chosen.off.split(",")))
     if chosen.train:
         print(json.dumps(train(off_ways, chosen.steps, chosen.model)))

@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lcia.machine import start_again_without_small_caches
 from tiny import fresh_answers
-from training import peak_gib
 
 SETTINGS: dict[str, Any] = {
     "stream": "assistant",
@@ -52,11 +52,11 @@ def trained(folder: Path, model: str, dtype: str, steps: int, rows: int) -> Path
 
 def by_lcia(run: Path) -> dict[str, Any]:
     """Every row, no prediction taken over from an earlier run."""
-    from lcia.machine import prepare
+    from lcia.machine import limit_kept_kernels
     from lcia.progress import Reporter
     from lcia.run import measure_again
 
-    prepare()  # as the command does
+    limit_kept_kernels()  # as the command does
     with tempfile.TemporaryDirectory() as kept, fresh_answers(Path(kept)), Reporter() as bar:
         rows = measure_again(run, bar, all_rows=True)["rows"]
     return {
@@ -185,8 +185,12 @@ if __name__ == "__main__":
     parser.add_argument("--by-lcia", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.by_hand or chosen.by_lcia:
+        if chosen.by_lcia:
+            start_again_without_small_caches()  # as the command does
+        from lcia.results import peak_memory_mib
+
         result = by_hand(chosen.by_hand) if chosen.by_hand else by_lcia(chosen.by_lcia)
-        print(json.dumps({**result, "peak_gib": peak_gib()}))
+        print(json.dumps({**result, "peak_gib": peak_memory_mib() / 1024}))
         sys.exit()
     with tempfile.TemporaryDirectory() as place:
         folder = chosen.run or trained(Path(place) / "run", chosen.model, chosen.dtype, chosen.steps, chosen.rows)

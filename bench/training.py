@@ -8,7 +8,7 @@ All train the same LoRA adapter, from the same weights, on the same batches of t
 with the same AdamW (a new one for each task); the base is bfloat16, the adapter float32. Each contender has a process
 of its own, several times in turns, and its fastest round counts: other programs make things slower, never faster. Time
 is from a task's first step to its last one's end, added up; memory is the highest of the process. What the lcia
-command tells the allocator (to keep freed memory) is a part of it; bench/ablation.py has what it adds.
+command tells the allocator and oneDNN (lcia.machine) is a part of lcia's.
 
 A contender counts only if its float32 losses are lcia's, step by step, to 1e-4.
 
@@ -21,13 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from lcia.machine import start_again_without_small_caches
 
 CONTENDERS = ("lcia", "trainer", "trainer-eager", "trl", "trl-eager")
 LARGEST_DIFFERENCE = 1e-4  # of a loss
@@ -59,11 +60,11 @@ def config_of(folder: Path, steps: int, dtype: str, model: str) -> Any:
 
 
 def by_lcia(config: Any) -> dict[str, Any]:
-    from lcia.machine import prepare
+    from lcia.machine import limit_kept_kernels
     from lcia.progress import Reporter
     from lcia.run import train
 
-    prepare()  # as the command does
+    limit_kept_kernels()  # as the command does
     with Reporter() as reporter:
         results = train(config, reporter)
     log = (Path(config.output_dir) / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -139,16 +140,18 @@ def by_peer(config: Any, contender: str, folder: Path) -> dict[str, Any]:
 
 
 def one(contender: str, steps: int, dtype: str, model: str) -> dict[str, Any]:
+    from lcia.results import peak_memory_mib
+
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(Path(folder), steps, dtype, model)
         found = by_lcia(config) if contender == "lcia" else by_peer(config, contender, Path(folder))
     taken = len(found["losses"])
-    return {**found, "steps": taken, "examples_per_s": taken * ROWS / found["seconds"], "peak_gib": peak_gib()}
-
-
-def peak_gib() -> float:
-    """The highest resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return {
+        **found,
+        "steps": taken,
+        "examples_per_s": taken * ROWS / found["seconds"],
+        "peak_gib": peak_memory_mib() / 1024,
+    }
 
 
 def in_own_process(contender: str, steps: int, dtype: str, model: str) -> dict[str, Any]:
@@ -227,6 +230,8 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     chosen = parser.parse_args()
     if chosen.contender:
+        if chosen.contender == "lcia":
+            start_again_without_small_caches()  # as the command does
         print(json.dumps(one(chosen.contender, chosen.steps, chosen.dtype, chosen.model)))
         sys.exit()
     measured = measure(chosen.steps, chosen.proof_steps, chosen.rounds, chosen.model)

@@ -350,7 +350,6 @@ def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:
     assert "saves 20% of a batch's tokens" in facts["batch beginnings"]
     assert "saves 64 tokens of padding" in facts["prompts"]
     assert "1 lists kept" in facts["answers"]
-    assert facts["freed memory"].startswith("kept" if machine.keep_freed_memory() else "given back")
     assert ("leaves gaps" in facts["freed memory"]) == machine.has_glibc()  # this process is not the command's
     assert facts["kernels"] == "oneDNN keeps the last 64"
     monkeypatch.delenv(machine.KERNELS_KEPT[0])
@@ -365,12 +364,12 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.skipif(not machine.has_glibc(), reason="glibc's allocator")
-def test_the_command_starts_without_thread_caches() -> None:
+def test_the_command_starts_without_small_caches() -> None:
     done = command("doctor", "--json")
     assert done.returncode == 0
-    assert "thread caches are off" in json.loads(done.stdout)["facts"]["freed memory"]
+    assert "small pieces are off" in json.loads(done.stdout)["facts"]["freed memory"]
     others = command("doctor", "--json", GLIBC_TUNABLES="glibc.malloc.perturb=0")  # it keeps what a user has set
-    assert "thread caches are off" in json.loads(others.stdout)["facts"]["freed memory"]
+    assert "small pieces are off" in json.loads(others.stdout)["facts"]["freed memory"]
     own = command("doctor", "--json", GLIBC_TUNABLES="glibc.malloc.tcache_count=3")
     assert "leaves gaps" in json.loads(own.stdout)["facts"]["freed memory"]
     wrong = command("train", "no such file")
@@ -386,14 +385,14 @@ def test_doctor_tells_another_machines_paths(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr("lcia.doctor.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("lcia.doctor.has_glibc", lambda: False)
     there = examine()
     assert there.facts["device"] == "a GPU"
     assert here["attention"].startswith("eager: fused attention's bfloat16 backward pass is slow")
     assert there.facts["attention"] == "sdpa: fused"
     assert "saves 20% of a batch's tokens and 2,048 (" in there.facts["batch beginnings"]
     assert "saves 2,048 tokens of padding" in there.facts["prompts"]
-    assert there.facts["freed memory"] == "given back to the system"
+    assert "C library" in there.facts["freed memory"]
     assert not any("bfloat16 instructions" in warning for warning in there.warnings)  # of a CPU only
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert any("bfloat16 instructions" in warning for warning in examine().warnings)

@@ -1,10 +1,10 @@
 """The command `lcia`, and `python -m lcia`."""
 
-from lcia.machine import start_again_without_thread_caches
+from lcia.machine import start_again_without_small_caches
 
 
 def main() -> None:
-    start_again_without_thread_caches()
+    start_again_without_small_caches()
     from lcia.cli import main as command  # late: what is loaded before is loaded twice
 
     command()

@@ -50,9 +50,9 @@ StreamOptions = Annotated[
 
 def main() -> None:
     """Entry point: errors of the user's input end with one message and exit code 2, a gate with 3."""
-    from lcia.machine import prepare
+    from lcia.machine import limit_kept_kernels
 
-    prepare()
+    limit_kept_kernels()
     processes.is_main()  # joins the others, where a launcher has started several
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # redrawn bars of the libraries would fill a log with fragments

