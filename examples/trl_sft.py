@@ -1,6 +1,6 @@
 """Two data sets after one another with TRL's SFTTrainer, LoRA and the dynamic EMA: a complete script.
 
-    pip install "lcia[trl]"
+    pip install -e ".[trl]"          # in a clone of lcia
     python examples/trl_sft.py MODEL first.jsonl second.jsonl --output out
 
 MODEL is a hub id or a folder with a chat template; each line of a data file is

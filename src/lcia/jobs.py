@@ -127,7 +127,7 @@ def run_on_ray(jobs: Sequence[Job]) -> Generator[Finished, None, None]:
     try:
         import ray
     except ImportError:
-        raise UserError("--ray: Ray is not installed; `pip install 'lcia[ray]'`, or leave out --ray") from None
+        raise UserError("--ray: Ray is not installed; install it (the extra `ray`), or leave out --ray") from None
     if not ray.is_initialized():
         ray.init()
     gpus = 1 if ray.cluster_resources().get("GPU") else 0

