@@ -82,6 +82,16 @@ def test_of_two_runs_side_by_side_one_answers(tmp_path: Path) -> None:
     assert found == {"first": ["first"] * 2, "second": ["first"] * 2}
 
 
+def test_where_answers_cannot_be_kept_they_are_told_all_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    folder.write_text("")  # a file in the place of the folder
+    with pytest.warns(UserWarning, match="answers cannot be kept here") as told:
+        asked = [ask(folder, "first"), ask(folder, "second", adapter=None)]
+    assert [found for found, _ in asked] == [["first"] * 2, ["second"] * 2]
+    assert [(cache.run, cache.reused) for _, cache in asked] == [(1, 0)] * 2
+    assert len(told) == 1
+
+
 def test_what_can_change_an_answer_is_another_engine(tiny_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(tasks=["colours"], max_steps=1)
     measure(config)

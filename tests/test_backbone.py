@@ -13,6 +13,8 @@ from conftest import byte_tokenizer
 from lcia.backbone import answer_loss, collate, encode_row, find_model, load_backbone
 from lcia.backbone.chat import IGNORED, render_answer, render_prompt
 from lcia.errors import UserError
+from lcia.progress import Reporter
+from lcia.run import train
 from lcia.stream import Row
 
 
@@ -150,3 +152,20 @@ def test_a_model_that_cannot_be_trained_here_is_refused(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="position_ids"):
         load_backbone(str(tmp_path))
+
+
+def test_limits_beyond_the_models_positions_are_refused(tiny_config, tmp_path: Path) -> None:
+    """A model with a vector for each position would fail in the middle of a run, at the first longer row."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = byte_tokenizer()
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=200, **ends)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    long = tiny_config(model=str(tmp_path / "gpt2"), max_length=201)
+    with (
+        Reporter() as reporter,
+        pytest.raises(UserError, match=r"max_length is 201, .* 200 positions: give"),
+    ):
+        train(long, reporter)

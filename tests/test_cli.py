@@ -219,7 +219,7 @@ def test_what_is_no_run_is_left_out_and_told_by_name(lcia, tmp_path) -> None:
     for verb in ("compare", "report"):
         code, out, _ = lcia(verb, run, file)
         assert code == 0
-        assert "notes[1].txt:afile" in "".join(out.split())  # a long path is broken over lines, anywhere
+        assert f"{file}: a file\n" in out  # whole, however long, and no markup
         code, out, _ = lcia(verb, run, file, "--json")
         assert code == 0
         assert json.loads(out)["runs_left_out"] == [{"path": str(file), "why": "a file"}]
@@ -293,6 +293,13 @@ def test_the_way_from_validate_to_generate(lcia, config, tmp_path) -> None:
     assert json.loads(out)["group"] == "two"
     assert lcia("route", path, "--task", tmp_path / "data" / "two.jsonl", "--json")[0] == 0
     assert lcia("validate", tmp_path / "data")[0] == 0
+    for arguments, message in [
+        ((tmp_path / "data", "max_length=9"), "'max_length=9' belongs to a configuration"),
+        ((path, "--model", "x"), "--model is for a folder of data"),
+    ]:
+        code, _, err = lcia("validate", *arguments)
+        assert code == 2
+        assert message in err
 
 
 def test_the_months_after_training(lcia, config, tmp_path) -> None:
@@ -327,12 +334,16 @@ def test_the_months_after_training(lcia, config, tmp_path) -> None:
         (["extend", "RUN", "nowhere.jsonl"], "nowhere.jsonl"),
         (["eval", "RUN", "--split", "tset"], "test or dev"),
         (["eval", "RUN", "--tasks", "birds"], "no task 'birds'"),
+        (["extend", "RUN", "x", "--per-task"], "--max-forgetting"),
+        (["report", "RUN", "--out", "FILE/report.html"], "give --out"),
         (["groups", "RUN", "renam", "task", "x", "--reason", "y"], "Did you mean 'rename'"),
     ],
 )
 def test_mistakes_after_training(lcia, refused, config, tmp_path, arguments, message) -> None:
-    assert lcia("train", config())[0] == 0
-    assert message in refused(*(tmp_path / "out" if word == "RUN" else word for word in arguments))
+    file = config()
+    assert lcia("train", file)[0] == 0
+    places = {"RUN": tmp_path / "out", "FILE/report.html": file / "report.html"}
+    assert message in refused(*(places.get(word, word) for word in arguments))
 
 
 def test_doctor(lcia, tmp_path: Path, monkeypatch) -> None:

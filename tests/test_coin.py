@@ -440,8 +440,11 @@ def test_most_common() -> None:
         ('[{"a": 1}] x', "text behind the end of the list"),
         ("[" * 100_000, "nested too deeply"),
         ("[" + "9" * 10_000 + "]", "element 1"),
+        ('[{"a": 1}, {"b": NaN}]', "element 2: NaN is not a JSON value"),
+        ('[{"a": [-Infinity]}]', "element 1: -Infinity is not a JSON value"),
+        ('[{"a": {"b": 1, "c": 2, "b": 3}}]', "element 1: the key 'b' appears twice in one object"),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_files_that_are_no_list_of_rows(tmp_path: Path, content: str, message: str) -> None:
     root = build(tmp_path)
@@ -463,7 +466,11 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False) | st.text(max_size=12),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**9), 10**9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
@@ -613,15 +620,24 @@ def test_vision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("eurosat_mcq", "forest", "names no option A-Z"),
     ],
 )
-def test_answers_that_cannot_be_scored_are_named(tmp_path: Path, task: str, answer: str, message: str) -> None:
+def test_answers_that_cannot_be_scored_are_named(
+    lcia: Run, tmp_path: Path, task: str, answer: str, message: str
+) -> None:
     root = vision_folder(tmp_path)
     file = root / task / "data.jsonl"
     lines = file.read_text().splitlines()
     lines[4] = json.dumps({**json.loads(lines[4]), "output": answer})
     file.write_text("\n".join(lines))
+    source = {"name": "vision", "path": str(root)}
     with pytest.raises(UserError, match=message) as error:
-        load_stream({"name": "vision", "path": str(root)})
+        load_stream(source)
     assert f"{file}:5" in str(error.value)
+    stream = load_stream(source, tasks=[task], skip_bad_rows=True)
+    assert (len(stream[0].train), len(stream[0].dev), len(stream[0].test)) == (7, 1, 3)
+    assert f"{task}: 1 rows skipped" in stream.notes
+    found = tasks_of(json.loads(lcia("bench", "prepare", "vision", "--data", root, "--json")[1]))[task]
+    assert (found["state"], found["rows"]) == ("partly", {"train": 8, "test": 3})
+    assert message in found["files"][0]["problem"]
 
 
 @pytest.mark.skipif(not VISION.is_dir(), reason="the shared data are absent")
@@ -891,6 +907,16 @@ def test_prepare_counts_as_missing_what_a_run_would_not_read(lcia: Run, tmp_path
         load(root)
 
 
+def test_prepare_offers_no_task_of_which_no_answer_can_be_scored(lcia: Run, tmp_path: Path) -> None:
+    root = build(tmp_path)
+    change(root / "Instructions/ScienceQA/test.json", *[{"answer": "N/A"}] * TEST)
+    out = lcia("bench", "prepare", "coin", "--data", root, "--json")[1]
+    task = tasks_of(json.loads(out))["ScienceQA"]
+    assert (task["state"], task["rows"]) == ("no", {"train": TRAIN})
+    with pytest.raises(UserError, match=r"the test split is empty .*; 3 rows skipped, the first: .*'N/A' names no opt"):
+        load(root, "ScienceQA", skip_bad_rows=True)
+
+
 def test_prepare_names_a_missing_annotation_file_for_released_scoring(lcia: Run, tmp_path: Path) -> None:
     root = build(tmp_path)
     (root / "cl_dataset/TextVQA/TextVQA_0.5.1_val.json").unlink()
@@ -946,8 +972,10 @@ def test_prepare_vision_and_coast(lcia: Run, tmp_path: Path) -> None:
 
     coast = coast_folder(tmp_path / "coast")
     (coast / "DocVQA/test.json").unlink()
+    (coast / "IconQA/more.jsonl").touch()
     code, out, _ = lcia("bench", "prepare", "coast", "--data", coast)
     assert code == 0
+    assert "that are not read: more.jsonl" in " ".join(out.split())
     assert "3 of 4 tasks ready: ChartQA, IconQA, PathVQA" in " ".join(out.split())
     assert "nothing here is comparable" in " ".join(out.split())
     assert lcia("bench", "prepare", "coast", "--data", coast, "--option", "configuration=capability")[0] == 2

@@ -314,6 +314,9 @@ def test_bad_arguments_are_refused_with_the_nearest_name():
         ({"retained": 0.3}, "give those too"),
         ({"retained": 1.3, "total_steps": 5}, r"must lie in \(0, 1\)"),
         ({"total_steps": 0}, "total_steps is 0"),
+        ({"rule": "fisher", "total_steps": 5, "retained": 0.3}, "'fisher' does not read retained"),
+        ({"strength": 0.3}, "'eq45' does not read strength"),
+        ({"fisher_source": "adamw"}, "'eq45' does not read fisher_source"),
         ({"optional": ["0.weigth"]}, r"Did you mean '0\.weight'"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -384,15 +384,19 @@ def test_training_is_the_same_with_and_without_the_callback(tmp_path):
         assert same(plain, averaged)
 
 
-def test_a_step_that_the_scaler_skips_does_not_touch_the_average():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_does_not_touch_the_average(fused):
+    """A fused optimizer skips inside its kernel, of which accelerate knows nothing."""
     Accelerator(cpu=True)  # AcceleratedOptimizer reads its state
     net = Net()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizer = AcceleratedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), device_placement=False, scaler=scaler)
+    inner = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True) if fused else torch.optim.SGD(net.parameters(), 0.1)
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
     callback = DynamicEMACallback(rule="fisher", keep_raw=True)
-    state = SimpleNamespace(max_steps=9, global_step=0)
+    state = SimpleNamespace(max_steps=9, global_step=0, is_hyper_param_search=False)
     args = SimpleNamespace(
         deepspeed=None,
+        auto_find_batch_size=False,
         fp16=True,
         train_batch_size=4,
         gradient_accumulation_steps=1,
@@ -416,11 +420,12 @@ def test_a_step_that_the_scaler_skips_does_not_touch_the_average():
         optimizer.step()
         before = {name: value.clone() for name, value in callback.ema.averages.items()}
         callback.on_optimizer_step(args, state, None, **events)
-        assert optimizer.step_was_skipped == overflow
+        assert optimizer.step_was_skipped == (overflow and not fused)
         if overflow:
             assert same(before, callback.ema.averages)
         net.zero_grad()
-    assert callback.ema.steps == 2
+    assert (callback.ema.steps, callback.ema.skipped_steps) == (2, 1)
+    assert callback.ema.fallback_fraction == 0
     weights = torch.tensor([0.999, 1.0]) / 1.999
     expected = 4 * sum(weight * gradient.square() for weight, gradient in zip(weights, clean, strict=True))
     assert torch.allclose(callback.ema.importance["body.3.bias"], expected, rtol=1e-3)
@@ -439,6 +444,77 @@ def test_per_example_gradients_of_a_scaled_loss_are_refused():
     callback = DynamicEMACallback("fisher", fisher_source="per_example")
     with pytest.raises(ValueError, match="use bf16"):
         callback.on_train_begin(args, None, None, model=Net(), optimizer=scaled)
+
+
+def test_gradients_that_a_trainer_has_shown_are_not_counted_again(tmp_path):
+    class Showing(Trainer):
+        def _clip_grad_norm(self, model: nn.Module) -> Any:
+            callback.ema.observe()
+            return super()._clip_grad_norm(model)
+
+    importances = []
+    for kind in (Trainer, Showing):
+        callback = DynamicEMACallback(rule="fisher")
+        kind(model=Net(), args=arguments(tmp_path), train_dataset=Rows(), callbacks=[callback]).train()
+        importances.append(callback.ema.importance)
+    for name, expected in importances[0].items():
+        assert torch.allclose(importances[1][name], expected, rtol=1e-4)
+
+
+def test_the_average_of_another_training_is_not_taken(tmp_path):
+    """Both folders hold a checkpoint-2; the Trainer resumes from one, the callback would look into the other."""
+    for name, rate in (("one", 0.05), ("two", 0.01)):
+        run = (DynamicEMACallback(rule="fixed"), Recorder(stop_after=2))
+        trainer(tmp_path / name, *run, save_strategy="steps", save_steps=2, learning_rate=rate).train()
+    folder = str(tmp_path / "one" / "checkpoint-2")
+    with pytest.raises(RuntimeError, match=r"two/checkpoint-2/trainer_state\.json has another history.*resume_from="):
+        trainer(tmp_path / "two", DynamicEMACallback(rule="fixed")).train(resume_from_checkpoint=folder)
+
+
+def test_a_training_that_ends_in_its_rest_says_that_nothing_is_kept(tmp_path):
+    callback = DynamicEMACallback(rule="fixed", retained=0.3, rest=0.5)
+    run = trainer(tmp_path, callback, Recorder(stop_after=2))
+    start = raw(run.model)
+    with pytest.warns(UserWarning, match=rf"step 2, and by rest=0.5 the average moves from step {STEPS // 2 + 1} on"):
+        run.train()
+    assert same(start, raw(run.model))
+
+
+def test_the_rows_of_a_step_are_those_that_fit(tmp_path):
+    """`auto_find_batch_size` tries again with smaller batches where memory is short."""
+    attempts = []
+
+    class Short(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            attempts.append(state.train_batch_size)
+            if state.train_batch_size == 4:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    callback = DynamicEMACallback(rule="fisher")
+    with pytest.warns(UserWarning, match="begins again with smaller batches"):
+        trainer(tmp_path, callback, Short(), auto_find_batch_size=True).train()
+    assert attempts[0] == 4 > attempts[-1]
+    assert callback.ema.examples_per_gradient == attempts[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "state", "message"),
+    [
+        ({"use_vllm": True, "eval_strategy": "steps"}, {}, "evaluate_average=False"),
+        ({"save_strategy": "steps"}, {"is_hyper_param_search": True}, "save_strategy='no'"),
+    ],
+)
+def test_what_would_go_wrong_unseen_is_refused(args, state, message):
+    args = SimpleNamespace(**{"deepspeed": None, "eval_strategy": "no", "save_strategy": "no", **args})
+    state = SimpleNamespace(**{"is_hyper_param_search": False, **state})
+    optimizer = SimpleNamespace(scaler=None)
+    with pytest.raises(ValueError, match=message):
+        DynamicEMACallback().on_train_begin(args, state, None, model=Net(), optimizer=optimizer)
+
+
+def test_importance_for_a_rule_that_reads_none_is_refused():
+    with pytest.raises(ValueError, match="'eq45' does not read importance: take rule='fisher'"):
+        DynamicEMACallback(importance={"weight": torch.ones(2)})
 
 
 @pytest.mark.parametrize("first", [True, False])

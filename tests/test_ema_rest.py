@@ -73,6 +73,25 @@ def test_a_rest_up_to_the_last_step_interpolates_between_start_and_end() -> None
     assert seen[-1] == pytest.approx([0.3 * a + 0.7 * b for a, b in zip(start, weights[-1], strict=True)], abs=1e-5)
 
 
+def test_skipped_steps_are_steps_of_the_rest() -> None:
+    """A gradient scaler that skips steps must not keep the average from moving before the task ends."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    ema = DynamicEMA({"p": parameter}, rule="fixed", fallback=0.5, total_steps=4, rest=0.75)
+    for step in range(4):
+        parameter.grad = torch.ones(1)
+        with torch.no_grad():
+            parameter.fill_(step)
+        if step == 1:
+            ema.discard()
+        else:
+            ema.step()
+        again = DynamicEMA({"p": parameter}, rule="fixed", fallback=0.5, total_steps=4, rest=0.75)
+        again.load_state_dict(ema.state_dict())
+        ema = again
+        assert ema.has_moved == (step == 3)
+    assert ema.averages["p"].item() == 1.5
+
+
 def test_what_a_rest_cannot_be() -> None:
     parameter = {"p": torch.nn.Parameter(torch.zeros(2))}
     for rest in (-0.1, 1.0, 1.5):

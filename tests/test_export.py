@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -22,8 +23,8 @@ from lcia import cli, learning
 from lcia.config import parse_config
 from lcia.errors import UserError
 from lcia.export import export_run, layouts, merge_active
-from lcia.export.cards import adapter_card, serve_script
-from lcia.export.source import open_source
+from lcia.export.cards import adapter_card, serve_script, serving_guide
+from lcia.export.source import open_source, prompt_examples
 from lcia.grouping import load_routes
 from lcia.progress import Reporter
 from lcia.run import resume, train
@@ -149,6 +150,89 @@ def test_the_card_of_a_hub_model_names_it(run) -> None:
     assert "base_model: owner/name\n" in card
     assert "from_pretrained('owner/name', dtype='float32')" in card
     assert "find_model" not in card
+
+
+METHODS = {
+    "alone": {
+        **{"name": "lcia", "rule": "eq45", "threshold": 0.7, "reduce": "max", "similarity": "sentence"},
+        "route_threshold": 0.2,
+    },
+    "composed": [
+        {"name": "lcia", "threshold": 0.7, "similarity": "sentence", "route_threshold": 0.2},
+        {"name": "replay", "fraction": 0.05, "keep": "the first rows"},
+        "ewc",
+    ],
+    "text": "lcia",
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_cards_tell_the_whole_method(run, method) -> None:
+    """As the configuration states it, in one line however long it is."""
+    source, session = open_source(run), open_run(run)
+    config = source.config.model_copy(update={"method": method})
+    cards = [
+        adapter_card(dataclasses.replace(source, config=config), "colours", "base"),
+        learning.model_card(dataclasses.replace(session, config=config), "colours"),
+    ]
+    for card in cards:
+        (line,) = (line for line in card.splitlines() if line.startswith("- method: "))
+        told = line.removeprefix("- method: ").removesuffix(", seed 0")
+        assert json.dumps(yaml.safe_load(told)) == json.dumps(method)  # keys in their order, too
+
+
+# --- the prompt that was trained
+
+
+def form(text: str) -> str:
+    """The first block of a card or guide that is code of no language."""
+    return text.partition("\n\n```\n")[2].partition("\n```\n")[0]
+
+
+def test_the_card_says_the_prompt_of_a_task_with_examples(made, tiny_stream, tmp_path) -> None:
+    run = made(method="lora", stream=[{"name": "colours", "path": str(tiny_stream / "colours.jsonl"), "examples": 0}])
+    source = open_source(run)
+    assert source.examples == {"colours": 0}
+    card = adapter_card(source, "shared", source.base)
+    assert "a new line the instruction" not in card
+    answered = json.loads((run / "predictions" / "1" / "colours.jsonl").read_text().splitlines()[0])
+    asked = answered["id"].replace("-", " item ")
+    assert form(card).replace("INSTRUCTION", "Name the colour").replace("INPUT", asked) in answered["prompt"]
+    guide = serving_guide(source, "base/tiny")
+    assert form(guide) == form(card)
+    body = shlex.split(guide.partition("curl ")[2].partition("```")[0].replace("\\\n", " "))[-1]
+    assert json.loads(body)["messages"] == [{"role": "user", "content": form(card)}]
+
+
+def test_a_card_tells_tasks_with_examples_from_those_without(run) -> None:
+    source = dataclasses.replace(open_source(run), examples={"colours": 2, "animals": None, "paints": None})
+    card = adapter_card(source, "colours", "base")
+    assert "**colours**: A prompt is" in card
+    assert "**paints**: A prompt is" in card
+    assert form(card).count("Positive Example") == 2
+    assert form(card).endswith("\n\nNow complete the following example -\nInput: INPUT.\nOutput: ")
+    plain = adapter_card(source, "animals", "base")
+    assert "Positive Example" not in plain
+    assert "`INPUT\\nINSTRUCTION\\n`). Answers were measured" in plain
+
+
+LISTED = [{"name": "a", "path": "a.jsonl", "examples": 1}, {"name": "b", "path": "b.jsonl"}]
+
+
+@pytest.mark.parametrize(
+    ("stream", "task", "count"),
+    [
+        ("instrdialog", "a", 2),
+        ({"name": "instrdialog", "order": 2}, "a", 2),
+        ({"name": "instrdialog", "examples": 0}, "a", 0),
+        (LISTED, "a", 1),
+        (LISTED, "b", None),
+        ({"name": "coin"}, "a", None),
+        ("/data/folder", "a", None),
+    ],
+)
+def test_what_a_configuration_says_of_examples(stream, task, count) -> None:
+    assert prompt_examples(stream, task) == count
 
 
 # --- merged

@@ -286,6 +286,8 @@ def test_a_kill_around_init_leaves_no_trace(
         arrange(patched)
         with pytest.raises(Killed):
             measure(parse_config(values, where="test"))
+    with (tmp_path / "cut" / "ledger.jsonl").open("a") as file:
+        file.write('{"event": "init_lea')  # a line that the kill cut
     results = go_on(tmp_path / "cut")
     for part in ("", "init"):
         assert hashes(tmp_path / "cut" / part) == hashes(whole / part)

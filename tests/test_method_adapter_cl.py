@@ -171,6 +171,20 @@ def test_among_equals_the_earliest_answers(method) -> None:
         assert {match.group for match in method.route([request(text) for text in TEXTS])} == {order[0]}
 
 
+def test_a_request_longer_than_the_model_reads_is_told_by_its_end(method, monkeypatch) -> None:
+    """Such a row counts as wrong; it must not end the run with an index out of range."""
+    prompt = method.backbone.reader.encode_prompt(request("a long request")).prompt
+    seen: list[int] = []
+    measure = method._log_perplexities
+    monkeypatch.setattr(
+        method, "_log_perplexities", lambda model, asked: seen.extend(map(len, asked)) or measure(model, asked)
+    )
+    for limit in (5, None):
+        monkeypatch.setattr(method.backbone.reader, "positions", limit)
+        method.route([request("a long request")])
+    assert set(seen) == {5, len(prompt)}
+
+
 def test_reference_answers_play_no_part(method) -> None:
     with_answers = [request(text, "some answer", "another") for text in TEXTS]
     assert method.route(with_answers) == method.route([request(text) for text in TEXTS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lcia.methods import build_method
 from lcia.methods.base import Placement, Training
 from lcia.methods.o_lora import OLoRA, overlap
 from lcia.progress import Reporter
-from lcia.run import extend, resume, train
+from lcia.run import extend, resume, rollback, train
 from lcia.run_folder import RunFolder
 from lcia.session import open_run
 from lcia.stream import Row, Task
@@ -271,6 +272,24 @@ def test_a_run_learns_an_adapter_per_task_and_answers_with_all(tiny_config, monk
     record = json.loads((folder / "predictions" / "3" / "animals.jsonl").read_text().splitlines()[0])
     text = record["prompt"].removeprefix("<|user|>").removesuffix("<|end|>\n<|assistant|>")
     assert answer_requests(folder, [(text, None)])[0].answer == record["prediction"]
+
+
+def test_the_oracle_of_a_run_that_was_rolled_back_is_measured(tiny_config, tmp_path, monkeypatch) -> None:
+    """Here a score tells who answered: the length of the group's name."""
+    evaluate_task = measuring.evaluate_task
+
+    def telling(pool: Any, reader: Any, task: Task, rows: Any, matches: Any, *rest: Any) -> Any:
+        result = evaluate_task(pool, reader, task, rows, matches, *rest)
+        return replace(result, score=float(len(matches[0].group or "")))
+
+    monkeypatch.setattr(measuring, "evaluate_task", telling)
+    short = measure(tiny_config(method="o_lora", tasks=["colours", "animals"], output_dir=str(tmp_path / "short")))
+    assert short["routing"]["oracle"] == {"colours": len("colours"), "animals": len("colours+animals")}
+    measure(tiny_config(method="o_lora", output_dir=str(tmp_path / "long")))
+    with Reporter() as reporter:
+        back = rollback(tmp_path / "long", "animals", reporter)
+    assert back["routing"] == short["routing"]
+    assert back["matrix"] == short["matrix"]
 
 
 def test_the_penalty_makes_the_adapters_more_orthogonal(tiny_config, tmp_path) -> None:

@@ -9,14 +9,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from lcia.errors import UserError
+from lcia.progress import Reporter
+from lcia.run import train
 from lcia.session import check_sharding
 from tiny_vision import square_stream, tiny_llava
 
@@ -121,6 +125,7 @@ def test_two_processes_learn_and_answer_as_one(method: Any, changes: Any, tiny_c
     assert both[1].stdout == ""  # one of them speaks
     expected, found = json.loads(one.stdout), json.loads(both[0].stdout)
     assert found["matrix"] == expected["matrix"]
+    assert found["cost"].get("extra_forward_rows") == expected["cost"].get("extra_forward_rows")
     theirs = adapters(tmp_path / "two")
     for key, value in adapters(tmp_path / "alone").items():
         assert torch.allclose(theirs[key], value, atol=1e-6), key
@@ -152,6 +157,26 @@ def test_two_processes_that_were_killed_go_on_exactly(tiny_config: Config, tmp_p
     found = adapters(tmp_path / "killed")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_one_process_takes_one_of_several_gpus(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer would deal the rows of a batch out to all it sees."""
+
+    class Two(TrainingArguments):
+        @cached_property
+        def _setup_devices(self) -> torch.device:
+            found: torch.device = TrainingArguments.__dict__["_setup_devices"].func(self)
+            self._n_gpu = 2
+            return found
+
+    class DealtOut(torch.nn.DataParallel):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("the model was put into DataParallel")
+
+    monkeypatch.setattr("lcia.training.TrainingArguments", Two)
+    monkeypatch.setattr("torch.nn.DataParallel", DealtOut)
+    with Reporter() as reporter:
+        train(tiny_config(method="lora"), reporter)
 
 
 def test_an_error_is_told_once_and_ends_all(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from lcia.report import (
     matrix_table,
     write_report,
 )
-from lcia.report.compare import arrange, differing_settings, estimate, paired_difference
+from lcia.report.compare import arrange, differing_settings, estimate, over_orders, paired_difference
 from lcia.report.summary import summary
 from report_runs import make_matrix, make_run
 
@@ -134,6 +134,76 @@ def test_stream_model_order_and_split_are_kept_apart(tmp_path: Path) -> None:
         "assistant on big",
         "assistant, order 2 on smollm2-135m",
         "assistant, order 1 on smollm2-135m, dev rows",
+    ]
+
+
+def test_streams_with_other_options_are_not_averaged(tmp_path: Path) -> None:
+    """A default that is stated is no other option, nor is where the data lie."""
+    streams: list[Any] = [
+        "coin",
+        {"name": "coin", "path": "/here", "scoring": "strict"},
+        {"name": "coin", "path": "/here", "scoring": "released"},
+        {"name": "coin", "path": "/there", "scoring": "released"},
+    ]
+    runs = [made(tmp_path, "lora", seed, stream="coin", config={"stream": one}) for seed, one in enumerate(streams)]
+    assert labels(runs) == [[("lora", (0, 1))], [("lora", (2, 3))]]
+    assert [arena.title for arena in arrange(runs)] == [
+        "coin, scoring=strict on smollm2-135m",
+        "coin, scoring=released on smollm2-135m",
+    ]
+    assert [arena.title for arena in arrange(runs[:2])] == ["coin on smollm2-135m"]
+    assert over_orders(arrange(runs)) == []
+
+
+def test_orders_of_one_stream_with_other_options_are_no_orders_of_one(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, "lora", tasks=tasks, stream="coin", config={"stream": {"name": "coin", **options}})
+        for tasks, options in (
+            (T3, {"order": "origin"}),
+            (T3[::-1], {"order": "reverse"}),
+            (T3[::-1], {"order": "reverse", "instructions": "diverse"}),
+        )
+    ]
+    assert [arena.title for arena in arrange(runs)] == [
+        "coin, instructions=origin, order 1 on smollm2-135m",
+        "coin, instructions=origin, order 2 on smollm2-135m",
+        "coin, instructions=diverse, order 2 on smollm2-135m",
+    ]
+    assert [one.title for one in over_orders(arrange(runs))] == [
+        "coin, instructions=origin on smollm2-135m, over 2 orders"
+    ]
+
+
+def test_lists_with_other_prompts_are_not_averaged(tmp_path: Path) -> None:
+    def listed(**options: Any) -> list[dict[str, Any]]:
+        return [{"name": task, "path": f"{task}.jsonl", **(options if task == "b" else {})} for task in T3]
+
+    streams = [listed(), listed(path="elsewhere/b.jsonl"), listed(examples=2), listed(instruction="Name it")]
+    runs = [made(tmp_path, "lora", seed, stream="list", config={"stream": one}) for seed, one in enumerate(streams)]
+    assert labels(runs) == [[("lora", (0, 1))], [("lora", (2,))], [("lora", (3,))]]
+    assert [arena.title for arena in arrange(runs)] == [
+        "list, examples of b=unset, instruction of b=unset on smollm2-135m",
+        "list, examples of b=2 on smollm2-135m",
+        "list, instruction of b=Name it on smollm2-135m",
+    ]
+
+
+def test_other_scorers_are_not_averaged(tmp_path: Path) -> None:
+    """They are named where the stream's options do not say it already."""
+    exact, rouge = dict.fromkeys(T3, "exact"), {**dict.fromkeys(T3, "exact"), "b": "rouge_l"}
+    runs = [made(tmp_path, "lora", seed, scorers=one) for seed, one in enumerate((exact, exact, rouge))]
+    assert labels(runs) == [[("lora", (0, 1))], [("lora", (2,))]]
+    assert [arena.title for arena in arrange(runs)] == [
+        "assistant, scorer of b=exact on smollm2-135m",
+        "assistant, scorer of b=rouge_l on smollm2-135m",
+    ]
+    coin = [
+        made(tmp_path, "lora", stream="coin", scorers=one, config={"stream": {"name": "coin", "scoring": scoring}})
+        for one, scoring in ((exact, "strict"), (rouge, "released"))
+    ]
+    assert [arena.title for arena in arrange(coin)] == [
+        "coin, scoring=strict on smollm2-135m",
+        "coin, scoring=released on smollm2-135m",
     ]
 
 

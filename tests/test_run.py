@@ -13,9 +13,9 @@ from lcia import learning, measuring
 from lcia.answering import answer_requests, explain_request
 from lcia.errors import UserError
 from lcia.progress import Reporter
-from lcia.run import resume, train
+from lcia.run import extend, resume, train
 from lcia.run_folder import RunFolder
-from lcia.session import open_run
+from lcia.session import load_run_stream, open_run
 from test_methods import ON_TEXT
 
 
@@ -242,6 +242,54 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(tiny_config, tiny
         path.write_bytes(content)
     with pytest.raises(UserError, match="began with"), Reporter() as reporter:
         resume(Path(config.output_dir), reporter)
+
+
+def test_a_run_does_not_go_on_with_another_scorer(tiny_config, tiny_stream, tmp_path) -> None:
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(tiny_stream, data)
+    config = tiny_config(stream=str(data), tasks=["colours", "animals"])
+    measure(config)
+    folder = Path(config.output_dir)
+    (data / "tasks.json").write_text(json.dumps([{"name": "colours", "scorer": "rouge_l"}, "animals", "paints"]))
+    with pytest.raises(UserError, match=r"'colours' was scored by exact .* by rouge_l now"), Reporter() as reporter:
+        extend(folder, str(data / "paints.jsonl"), None, reporter)
+    # a run of an older version, whose first line does not say, goes on
+    began, *lines = (folder / "ledger.jsonl").read_text().splitlines(keepends=True)
+    kept = {key: value for key, value in json.loads(began).items() if key not in ("scorers", "instructions_sha256")}
+    (folder / "ledger.jsonl").write_text("".join([json.dumps(kept) + "\n", *lines]))
+    with Reporter() as reporter:
+        assert extend(folder, str(data / "paints.jsonl"), None, reporter)["tasks"] == ["colours", "animals", "paints"]
+
+
+def test_a_run_does_not_go_on_with_other_instructions(tiny_config, tiny_stream, tmp_path) -> None:
+    """Those of rows that were not drawn decide on the group, too."""
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(tiny_stream, data)
+    config = tiny_config(stream=str(data), tasks=["colours"], max_train_examples=2)
+    measure(config)
+    drawn = {row.id for row in load_run_stream(config)[0].train}
+    rows = [json.loads(line) for line in (data / "colours.jsonl").read_text().splitlines()]
+    next(row for row in rows if row["split"] == "train" and row["id"] not in drawn)["instruction"] = "Which hue is it"
+    (data / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="the rows of task 'colours'"), Reporter() as reporter:
+        resume(Path(config.output_dir), reporter)
+
+
+def test_a_built_in_name_is_no_folder_of_the_working_directory(tiny_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("assistant", "smollm2-135m", "data"):
+        Path(name).mkdir()
+    init = {"path": "assistant", "tasks": ["one"]}
+    config = tiny_config(stream="assistant", model="smollm2-135m", init_stream=init).with_absolute_paths()
+    assert (config.stream, config.model, config.init_stream) == ("assistant", "smollm2-135m", init)
+    for source in ("data", "assistant"):  # a stream's data beside its name is a folder
+        config = tiny_config(stream={"name": "instrdialog", "path": source}).with_absolute_paths()
+        assert config.stream == {"name": "instrdialog", "path": str(Path(source).absolute())}
+    assert tiny_config(stream="data").with_absolute_paths().stream == str(Path("data").absolute())
 
 
 def test_a_run_can_be_resumed_from_another_folder(tiny_config, tiny_stream, tmp_path, monkeypatch) -> None:

@@ -12,7 +12,8 @@ import pytest
 from killing import CONTEXT
 from lcia.errors import UserError
 from lcia.progress import Reporter
-from lcia.run import extend, resume
+from lcia.regrouping import regroup
+from lcia.run import extend, measure_again, resume, rollback
 from lcia.run_folder import RunFolder
 from lcia.session import open_run
 from test_run import hashes, measure, without_cost
@@ -80,6 +81,16 @@ def test_a_file_in_the_way_of_the_output_folder(tiny_config, tmp_path) -> None:
         measure(tiny_config(output_dir=str(tmp_path / "file" / "run")))
 
 
+def test_a_kill_while_the_configuration_is_written_does_not_take_the_folder(tiny_config) -> None:
+    config = tiny_config(tasks=["colours"])
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    for name in (".lock", ".config.yaml.4711.part"):
+        (folder / name).write_text("")
+    assert measure(config)["tasks"] == ["colours"]
+    assert not list(folder.rglob(".*.part"))
+
+
 @pytest.fixture
 def finished(tiny_config) -> Path:
     config = tiny_config(tasks=["colours", "animals"])
@@ -138,3 +149,35 @@ def test_a_ledger_cut_at_any_byte_of_its_last_line_goes_on(finished) -> None:
         ledger.write_bytes(whole[:end])
         with Reporter() as reporter:
             assert without_cost(resume(finished, reporter)) == without_cost(results)
+
+
+def test_a_cut_line_harms_nothing_that_writes_behind_it(finished, tiny_stream) -> None:
+    for change in (
+        lambda reporter: extend(finished, str(tiny_stream / "paints.jsonl"), None, reporter),
+        lambda reporter: regroup(finished, "rename", "colours", "hues", "a better name", reporter),
+        lambda reporter: rollback(finished, "animals", reporter),
+        lambda reporter: resume(finished, reporter),
+    ):
+        with (finished / "ledger.jsonl").open("a") as file:
+            file.write('{"event": "row_mea')  # a line that a full disk cut
+        with Reporter() as reporter:
+            results = change(reporter)
+            assert measure_again(finished, reporter)["tasks"] == results["tasks"]
+            assert without_cost(resume(finished, reporter)) == without_cost(results)
+
+
+def test_no_way_back_to_a_damaged_state(finished, lcia) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    ledger = (finished / "ledger.jsonl").read_text()
+    state = finished / "history" / "colours" / "method.json"
+    content = state.read_bytes()
+    state.write_bytes(content + b" ")
+    code, _, message = lcia("rollback", finished, "--to", "colours")
+    assert code == 2
+    assert str(state) in message
+    assert (finished / "ledger.jsonl").read_text() == ledger
+    with Reporter() as reporter:
+        assert without_cost(resume(finished, reporter)) == without_cost(results)
+    state.write_bytes(content)
+    with Reporter() as reporter:
+        assert rollback(finished, "colours", reporter)["tasks"] == ["colours"]

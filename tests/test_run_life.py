@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from lcia import training
@@ -19,6 +22,7 @@ from lcia.regrouping import regroup
 from lcia.run import extend, measure_again, require_little_forgetting, resume, rollback, train
 from lcia.run_folder import RunFolder
 from lcia.session import open_run
+from lcia.validate import validate_config
 from test_run import Killed, hashes, measure, without_cost
 
 
@@ -163,11 +167,15 @@ def test_extending_refuses_what_does_not_fit(tiny_config, tiny_stream, tmp_path)
         extend(folder, new, None, reporter)
 
 
-def test_a_method_that_learns_all_at_once_cannot_be_extended(tiny_config, tiny_stream) -> None:
-    config = tiny_config(method="multi_task", tasks=["colours", "animals"])
+@pytest.mark.parametrize("tasks", [["colours", "animals"], ["colours"]])
+def test_a_method_that_learns_all_at_once_cannot_be_extended(tiny_config, tiny_stream, tasks) -> None:
+    config = tiny_config(method="multi_task", tasks=tasks)
     measure(config)
+    folder = Path(config.output_dir)
+    ledger = (folder / "ledger.jsonl").read_text()
     with pytest.raises(UserError, match="all tasks at once"), Reporter() as reporter:
-        extend(Path(config.output_dir), str(tiny_stream / "paints.jsonl"), None, reporter)
+        extend(folder, str(tiny_stream / "paints.jsonl"), None, reporter)
+    assert (folder / "ledger.jsonl").read_text() == ledger
 
 
 def test_rolled_back_is_never_learned(tiny_config, tiny_stream, tmp_path) -> None:
@@ -221,6 +229,34 @@ def test_other_data_is_routed_and_measured(tiny_config, tiny_stream, tmp_path) -
     assert found["tasks"] == ["paints"]
 
 
+def test_whatever_is_done_with_a_run_can_be_watched(tiny_config, tiny_stream, monkeypatch) -> None:
+    """On a terminal. Rows are named after the run's own tasks, whatever is measured in them."""
+    monkeypatch.setenv("TERM", "xterm")  # on a dumb one nothing is drawn
+    config, paints = tiny_config(tasks=["colours", "animals"]), str(tiny_stream / "paints.jsonl")
+    folder = Path(config.output_dir)
+
+    def watched(work: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+        console = Console(file=io.StringIO(), width=200, force_terminal=True)
+        with Reporter(console) as reporter:
+            work(*arguments, reporter, **options)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+
+    watched(validate_config, config)
+    assert "│ base model │" in watched(train, config)
+    assert "│ base model │" in watched(measure_again, folder, all_rows=True)
+    for options, column in (({}, "colours"), ({"tasks": ["colours"]}, "colours"), ({"source": paints}, "paints")):
+        shown = watched(measure_again, folder, **options)
+        assert re.search(rf"┃ after +┃ +{column} ┃", shown)
+        assert re.search(r"│ animals +│ +\d+\.\d │", shown)
+    for work, *arguments in (
+        (extend, paints, None),
+        (regroup, "rename", "colours", "hues", "a better name"),
+        (rollback, "animals"),
+        (resume,),
+    ):
+        assert "│ base model │" in watched(work, folder, *arguments)
+
+
 def test_groups_change_by_hand_with_a_reason(tiny_config) -> None:
     config = tiny_config()
     measure(config)
@@ -253,10 +289,45 @@ def test_groups_change_by_hand_with_a_reason(tiny_config) -> None:
     assert without_cost(go_on(folder)) == without_cost(split)
 
 
+@pytest.mark.parametrize("method", [{"name": "lcia", "rule": "fisher"}, ["lcia", "ewc"], ["lcia", "pgp"]], ids=str)
+def test_what_a_method_keeps_of_a_group_follows_it(tiny_config, tiny_stream, method) -> None:
+    config = tiny_config(method=method, tasks=["colours", "animals"])
+    measure(config)
+    folder = Path(config.output_dir)
+    with Reporter() as reporter:
+        regroup(folder, "merge", "animals", "colours", "one is enough", reporter)
+        regroup(folder, "rename", "colours", "hues", "a better name", reporter)
+        regroup(folder, "split", "hues", "beasts", "it was not", reporter, ["animals"])
+        grown = extend(folder, str(tiny_stream / "paints.jsonl"), None, reporter)
+    assert grown["groups"] == {"colours": "hues", "animals": "beasts", "paints": "hues"}
+
+
+def test_no_new_task_is_called_like_a_group(tiny_config, tiny_stream, tmp_path) -> None:
+    """It would get an adapter of that name, and there is one."""
+    config = tiny_config(tasks=["colours", "animals"])
+    measure(config)
+    folder = Path(config.output_dir)
+    shutil.copy(tiny_stream / "paints.jsonl", tmp_path / "beasts.jsonl")
+    with Reporter() as reporter:
+        regroup(folder, "rename", "animals", "beasts", "a better name", reporter)
+        ledger = (folder / "ledger.jsonl").read_text()
+        with pytest.raises(UserError, match="a group is called 'beasts' already"):
+            extend(folder, str(tmp_path / "beasts.jsonl"), None, reporter)
+    assert (folder / "ledger.jsonl").read_text() == ledger
+
+
+def test_a_diverged_task_says_so_though_it_has_checkpoints(tiny_config) -> None:
+    config = tiny_config(method="lora", learning_rate=1e38, save_steps=1)
+    with pytest.raises(RuntimeError, match="is not finite after training; lower learning_rate"):
+        measure(config)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("rename", "birds", "b", "why"), "no group 'birds'"),
+        (("rename", "colours", "v1.5", "why"), "A-Z a-z 0-9 _ -"),
+        (("rename", "colours", "x", "why", ["paints"]), "only split takes some tasks"),
         (("rename", "colours", "animals", "why"), "exists already"),
         (("merge", "colours", "birds", "why"), "no group 'birds' to merge into"),
         (("split", "colours", "new", "why", ["animals"]), "some, not all"),

@@ -448,6 +448,25 @@ def test_shards(tmp_path: Path) -> None:
     assert len(one_task(tmp_path / "chat").train) == 6
 
 
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (["train", "train_extra", "test"], ["train_extra"]),
+        (["data", "more"], ["more"]),
+        (["train", "test", "data", "old"], ["data", "old"]),
+    ],
+)
+def test_data_files_beside_those_of_a_task_are_named(names: list[str], unread: list[str], tmp_path: Path) -> None:
+    for name in names:
+        write(tmp_path / f"chat/{name}.jsonl", own(10))
+    listed = ", ".join(f"{name}.jsonl" for name in unread)
+    note = f"chat: data files in {tmp_path / 'chat'} that are not read: {listed}"
+    assert note in load_stream(tmp_path).notes
+    for name in unread:
+        (tmp_path / f"chat/{name}.jsonl").unlink()
+    assert not any("not read" in note for note in load_stream(tmp_path).notes)
+
+
 def test_no_dev_rows_are_allowed_and_noted(tmp_path: Path) -> None:
     stream = load_stream(write(tmp_path / "a.jsonl", with_splits(own(2))))
     assert stream[0].dev == ()

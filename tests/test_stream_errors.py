@@ -288,6 +288,53 @@ def test_scorers_that_do_not_fit(tmp_path: Path) -> None:
     fails([{"name": "a", "path": str(path), "scorer": "option_letter"}], f"{path}:1", "names no option A-Z")
 
 
+def lettered(train: str, test: str = "") -> list[dict[str, Any]]:
+    """A row for each answer; "-" stands for one that names no letter. Without test rows no split is stated."""
+    rows = []
+    for n, answer in enumerate(train + test):
+        row = {"id": str(n), "instruction": "Choose", "input": f"q{n}", "output": "N/A" if answer == "-" else answer}
+        rows.append({**row, "split": "train" if n < len(train) else "test"} if test else row)
+    return rows
+
+
+def test_an_answer_that_the_scorer_cannot_read_can_be_skipped_but_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(*lettered("ABCD" * 2, "A-")))
+    reason = f"{path}:10: task 'a' is scored by option_letter, but the answer 'N/A' names no option A-Z"
+    fails(path, reason)
+    stream = load_stream(path, skip_bad_rows=True)
+    assert describe(stream).tasks[0].rows == {"train": 8, "dev": 0, "test": 1}
+    assert "a: 1 rows skipped" in stream.notes
+    assert any(note.startswith(reason) for note in stream.notes)
+
+
+def test_a_split_is_drawn_of_the_rows_that_the_scorer_can_read(tmp_path: Path) -> None:
+    """As if the others had never been there; a scorer that is chosen is chosen before."""
+    path = tmp_path / "a.jsonl"
+    rows = lettered("ABCD" * 3 + "-" + "ABCD" * 2)
+    path.write_text(lines(*rows[:12], "", *rows[13:]))
+    source = [{"name": "a", "path": str(path), "scorer": "option_letter"}]
+    without = load_stream(source)
+    path.write_text(lines(*rows))
+    stream = load_stream(source, skip_bad_rows=True)
+    assert stream.tasks == without.tasks
+    assert [note for note in stream.notes if "drawn" in note] == [note for note in without.notes if "drawn" in note]
+    chosen = set()
+    for seed in range(30):
+        stream = load_stream(path, seed=seed, skip_bad_rows=True)
+        chosen.add((stream[0].scorer, sum(describe(stream).tasks[0].rows.values())))
+    assert chosen == {("option_letter", 20), ("exact", 21)}  # where the row is drawn for training, no letters are asked
+
+
+def test_a_split_without_an_answer_that_can_be_read_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(*lettered("ABCD" * 2, "--")))
+    fails(path, "the test split is empty", f"2 rows skipped, the first: {path}:9: task 'a'", skip_bad_rows=True)
+    path.write_text(lines(*GOOD))
+    source = [{"name": "a", "path": str(path), "scorer": "option_letter"}]
+    fails(source, f"no row can be used; 10 rows skipped, the first: {path}:1: task 'a'", skip_bad_rows=True)
+
+
 # --- where the tasks are ---------------------------------------------------------------------------------
 
 
@@ -365,6 +412,26 @@ def test_entries_of_a_list(entry: Any, reason: str, tmp_path: Path, monkeypatch:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(lines(*GOOD))
     fails([entry], reason)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["train-00000-of-00002"], "train-00001-of-00002.jsonl is missing, a shard of the split train"),
+        (["train-0-of-3", "train-2-of-3"], "train-1-of-3.jsonl is missing"),
+        (["train-00001-of-00002", "train-00002-of-00002"], "train-00002-of-00002.jsonl: no such shard"),
+        (["train", "train-00000-of-00001"], "the split train: train-00000-of-00001.jsonl and train.jsonl"),
+        (
+            ["train-0-of-1", "train-0-of-2", "train-1-of-2"],
+            "the split train: train-0-of-1.jsonl and train-0-of-2.jsonl",
+        ),
+        (["val-0-of-2", "validation-1-of-2"], "the split dev: val-0-of-2.jsonl and validation-1-of-2.jsonl"),
+    ],
+)
+def test_shards_that_are_not_one_whole_split(names: list[str], reason: str, tmp_path: Path) -> None:
+    for name in (*names, "test"):
+        (tmp_path / f"{name}.jsonl").write_text(lines(*GOOD))
+    fails(tmp_path, str(tmp_path), reason)
 
 
 @pytest.mark.parametrize(

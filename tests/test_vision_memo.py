@@ -184,6 +184,18 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         tower(pixels(0), **AS_LLAVA)
 
 
+def test_where_features_cannot_be_kept_they_are_computed_each_time(tmp_path: Path) -> None:
+    folder = tmp_path / "vision"
+    folder.write_text("")  # a file in the place of the folder
+    expected = tiny_tower()(pixels(0), **AS_LLAVA).last_hidden_state
+    memo = VisionMemo(tower := tiny_tower(), folder).set()
+    with pytest.warns(UserWarning, match="features cannot be kept here") as told:
+        found = [tower(pixels(0), **AS_LLAVA).last_hidden_state for _ in range(2)]
+    assert all(torch.equal(one, expected) for one in found)
+    assert (memo.computed, memo.found) == (2, 0)
+    assert len(told) == 1
+
+
 def test_the_cache_is_the_default_place() -> None:
     from lcia.backbone.cache import cache_dir
 

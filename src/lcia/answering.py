@@ -41,7 +41,10 @@ class Answer:
 
 
 def user_text(request: str, instruction: str | None) -> tuple[str, str]:
-    """(what the model reads, what is routed by): `{input}\\n{instruction}`, as in training."""
+    """(what the model reads, what is routed by): `{input}\\n{instruction}`, as in training on plain rows.
+
+    It is not the prompt of a task with `examples`.
+    """
     if instruction is None:
         lines = [line for line in request.splitlines() if line.strip()]
         if not lines:
@@ -76,8 +79,7 @@ def answer_requests(
         with_system(Row("", instruction, (("user", text),), (), shown, "the request"), session.config.system)
         for text, instruction in texts
     ]
-    matches = session.method.route(rows)
-    limit = max_new_tokens or session.config.max_new_tokens
+    limit = session.config.max_new_tokens if max_new_tokens is None else max_new_tokens
     decoding = Decoding(limit, session.config.per_device_eval_batch_size, session.config.max_length)
     prompts = [reader.encode_prompt(row) for row in rows]
     for prompt in prompts:
@@ -86,6 +88,7 @@ def answer_requests(
                 f"the request has {len(prompt)} tokens, which with {limit} new ones does not fit max_length "
                 f"{session.config.max_length}"
             )
+    matches = session.method.route(rows)
     groups = [match.group for match in matches]
     answers = generate_answers(session.pool, reader, groups, prompts, decoding)
     return [

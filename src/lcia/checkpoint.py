@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcia.errors import UserError
-from lcia.files import file_sha256, sync_folder, write_json
+from lcia.files import file_sha256, sync_folder, write_text
 from lcia.processes import on_main
 
 _MARK = "complete.json"
@@ -101,7 +101,8 @@ def mark_complete(
     sync_folder(folder)
     hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
     facts = {"task": task, "step": step, "best": best, "seconds": seconds, "log": log, "files": hashes}
-    write_json(folder / _MARK, facts)
+    # Not `write_json`: a loss, or a gradient's norm, may not be finite. Training goes on and tells at its end.
+    write_text(folder / _MARK, json.dumps(facts) + "\n")
     sync_folder(folder.parent)
     for other in folder.parent.glob("checkpoint-*"):
         if other not in (folder, folder.with_name(f"checkpoint-{best}")):

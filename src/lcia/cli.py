@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.protocol import rich_cast
 from rich.text import Text
 
 from lcia import processes
@@ -21,6 +22,7 @@ from lcia.errors import GateError, RunsFailed, UserError
 if TYPE_CHECKING:
     from lcia.config import RunConfig
 
+_RESUMED = {"train", "resume", "extend", "rollback", "groups"}  # verbs whose work `lcia resume` takes up again
 app = typer.Typer(
     help="Continual instruction tuning: learn instruction data sets one after another, forget little.",
     no_args_is_help=True,
@@ -69,10 +71,10 @@ def _exit_code() -> int:
         return error.exit_code
     except SystemExit as stop:
         if stop.code == 130:  # what typer makes of Ctrl-C
-            print("lcia: interrupted; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
+            print(f"lcia: interrupted{_what_is_kept()}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except OSError as error:  # a full disk, a folder that is gone
-        print(f"lcia: {error}; what was finished is kept (`lcia resume RUN` goes on)", file=sys.stderr)
+        print(f"lcia: {error}{_what_is_kept()}", file=sys.stderr)
         return 1
     except Exception as error:  # noqa: BLE001 - the last resort: a message instead of a page of frames
         if os.environ.get("LCIA_DEBUG"):
@@ -81,6 +83,11 @@ def _exit_code() -> int:
         print(f"lcia: {type(error).__name__}: {error}{hint}", file=sys.stderr)
         return 1
     return 0
+
+
+def _what_is_kept() -> str:
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    return "; what was finished is kept (`lcia resume RUN` goes on)" if verb in _RESUMED else ""
 
 
 def _emit(as_json: bool, document: Any, *readable: Any) -> None:
@@ -92,7 +99,9 @@ def _emit(as_json: bool, document: Any, *readable: Any) -> None:
         return
     console = Console()
     for part in readable:
-        console.print(part)
+        shown = Text(part) if isinstance(part, str) else rich_cast(part)
+        # Text as it is: folding is for whoever shows it, and what reads a pipe wants none.
+        console.print(shown, soft_wrap=isinstance(shown, Text))
 
 
 @app.command()
@@ -122,8 +131,14 @@ def validate(
     from lcia.validate import validate_config, validate_folder
 
     if Path(source).is_dir():
+        if overrides:
+            raise UserError(f"validate: {overrides[0]!r} belongs to a configuration, and {source} is a folder of data")
         summary = validate_folder(Path(source), model)
     else:
+        if model is not None:
+            raise UserError(
+                f"validate: --model is for a folder of data; {source} names its own (model={model} changes it)"
+            )
         with Reporter() as reporter:
             summary = validate_config(_config(source, overrides), reporter)
     _emit(as_json, summary.as_dict(), summary)
@@ -163,6 +178,7 @@ def train(
     from lcia.progress import Reporter
     from lcia.run import train as run_train
 
+    _check_gate(max_forgetting, per_task)
     checked = _config(config, overrides)
     with Reporter() as reporter:
         results = run_train(checked, reporter)
@@ -180,6 +196,7 @@ def resume(
     from lcia.progress import Reporter
     from lcia.run import resume as run_resume
 
+    _check_gate(max_forgetting, per_task)
     with Reporter() as reporter:
         results = run_resume(run, reporter)
     _show_results(run, results, as_json, max_forgetting, per_task)
@@ -203,6 +220,7 @@ def extend(
     from lcia.progress import Reporter
     from lcia.run import extend as run_extend
 
+    _check_gate(max_forgetting, per_task)
     with Reporter() as reporter:
         results = run_extend(run, data, tasks.split(",") if tasks else None, reporter, config)
     _show_results(run, results, as_json, max_forgetting, per_task)
@@ -276,9 +294,13 @@ def report(
     from lcia.report import load_runs, write_report
 
     loaded, left_out = load_runs(runs)
-    written = write_report(loaded, out or loaded[0].path / "report.html", against, left_out)
+    target = out or loaded[0].path / "report.html"
+    try:
+        written = write_report(loaded, target, against, left_out)
+    except OSError as error:
+        raise UserError(f"{target}: the report cannot be written here ({error.strerror}); give --out") from error
     document = {"report": str(written), "runs_left_out": [{"path": str(one.path), "why": one.why} for one in left_out]}
-    _emit(as_json, document, *(Text(f"left out: {one}") for one in left_out), f"report: {written}")
+    _emit(as_json, document, *(f"left out: {one}" for one in left_out), f"report: {written}")
 
 
 @app.command()
@@ -312,7 +334,7 @@ def compare(
         _emit(as_json, {**document, "report": str(write_report(loaded, page, against, left_out))})
         return
     _emit(as_json, None, *comparison_tables(loaded, against, left_out))
-    _emit(as_json, None, Text(f"report: {write_report(loaded, page, against, left_out)}"))
+    _emit(as_json, None, f"report: {write_report(loaded, page, against, left_out)}")
 
 
 @app.command()
@@ -341,7 +363,7 @@ def generate(
     image: Annotated[
         list[Path] | None, typer.Option(help="Show this image before the request; several: repeat it.")
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Answer one request with the group its instruction belongs to."""
@@ -382,12 +404,13 @@ def bench_list(as_json: Json = False) -> None:
     """The benchmarks, and the settings of each."""
     from lcia.bench import BENCHMARKS
 
-    lines = []
+    lines: list[str | Text] = []
     for name, benchmark in BENCHMARKS.items():
         settings = ", ".join(f"{key} {value}" for key, value in benchmark.settings.items())
         choices = {"order": benchmark.orders, **benchmark.options}
         chosen = "; ".join(f"{key}: {' | '.join(map(str, values))}" for key, values in choices.items() if values)
-        lines += [f"[bold]{name}[/bold]: {benchmark.title} ({benchmark.source})", *([f"  {chosen}"] if chosen else [])]
+        title = Text.assemble((name, "bold"), f": {benchmark.title} ({benchmark.source})")
+        lines += [title, *([f"  {chosen}"] if chosen else [])]
         lines.append(f"  {settings}")
         lines += [f"  instructions {kind}: groups from {value} on" for kind, value in benchmark.thresholds.items()]
     _emit(as_json, {name: asdict(benchmark) for name, benchmark in BENCHMARKS.items()}, *lines)
@@ -527,6 +550,11 @@ def _config(path: str, overrides: list[str] | None) -> RunConfig:
     from lcia.config import load_config
 
     return load_config(path, overrides)
+
+
+def _check_gate(max_forgetting: float | None, per_task: bool) -> None:
+    if per_task and max_forgetting is None:
+        raise UserError("--per-task says how --max-forgetting is meant: give that too")
 
 
 def _show_results(

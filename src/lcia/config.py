@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcia.errors import UserError, did_you_mean
+from lcia.stream import BUILT_IN as STREAMS
 
 # TrainingArguments that the run sets itself: a user's value would be ignored, so it is refused.
 _OWNED_ARGUMENTS = frozenset(
@@ -130,21 +132,30 @@ class RunConfig(BaseModel):
 
     def with_absolute_paths(self) -> RunConfig:
         """Local files and folders as absolute paths: a run can then be resumed from any working directory."""
-
-        def absolute(name: Any) -> Any:
-            return str(Path(name).absolute()) if isinstance(name, str) and Path(name).exists() else name
-
-        def absolute_stream(stream: Any) -> Any:
-            paths = ("path", "image_folder")
-            if isinstance(stream, dict):
-                return {k: absolute(v) if k in paths else v for k, v in stream.items()}
-            return [absolute_stream(task) for task in stream] if isinstance(stream, list) else absolute(stream)
+        from lcia.backbone import BUILT_IN as MODELS  # late: the configuration must not wait for torch when it is wrong
 
         changes = {"stream": absolute_stream(self.stream), "init_stream": absolute_stream(self.init_stream)}
-        return self.model_copy(update={**changes, "model": absolute(self.model)})
+        return self.model_copy(update={**changes, "model": _absolute(self.model, MODELS)})
 
     def as_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def absolute_stream(stream: Any) -> Any:
+    """A value for `stream` or `init_stream` with its files and folders as absolute paths."""
+    if isinstance(stream, list):
+        return [absolute_stream(task) for task in stream]
+    if not isinstance(stream, dict):
+        return _absolute(stream, STREAMS)
+    # beside a name it is a folder; without one, in init_stream, it is read as a text alone would be
+    built_in: Collection[str] = () if "name" in stream else STREAMS
+    paths = {key: _absolute(stream[key], built_in) for key in ("path", "image_folder") if key in stream}
+    return {**stream, **paths}
+
+
+def _absolute(name: Any, built_in: Collection[str]) -> Any:
+    is_path = isinstance(name, str) and name not in built_in and Path(name).exists()
+    return str(Path(name).absolute()) if is_path else name
 
 
 @cache

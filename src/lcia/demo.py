@@ -62,7 +62,7 @@ class DemoResult:
     def readable(self) -> list[Any]:
         asked = []
         for answer in self.answers:
-            asked += [f"[dim]>[/dim] {answer.request.replace(chr(10), ' / ')}", answer]
+            asked += [f"> {answer.request.replace(chr(10), ' / ')}", answer]
         return [
             *(matrix_table(run) for run in self.runs),
             comparison_table(self.runs),

@@ -55,8 +55,9 @@ def examine() -> Findings:
         "batch beginnings": _beginnings(device),
         "LoRA": "added in the memory of a layer's output (plain linear layers; others as PEFT does)",
         "prompts": f"identical ones once, batches of like length, and in a batch again where it saves {_saved(device)}",
-        "answers": f"never made twice: {_kept_answers()} kept in the cache, by weights, prompts and decoding",
-        "image features": "of lite-llava's frozen tower: once per image, kept in the cache",
+        "answers": f"{_kept_answers()} kept in the cache, by weights, prompts and decoding; a run waits for "
+        "another beside it that is answering the same list (runs of one process each)",
+        "image features": "of lite-llava's frozen tower: once per image (and number of threads), kept in the cache",
         "averages": "one flat buffer for all tensors; no wait for the device but for one check of finite numbers",
         "processes": _processes(),
         "kernels": f"oneDNN keeps the last {next(filter(None, map(os.environ.get, KERNELS_KEPT)), '1024')}",

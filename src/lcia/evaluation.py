@@ -15,7 +15,7 @@ import torch
 
 from lcia.adapters import Pool
 from lcia.backbone import Encoded, Reader, layout_of, told
-from lcia.files import alone, write_text
+from lcia.files import alone, warn_once, write_text
 from lcia.grouping import Match
 from lcia.processes import count, gathered, on_main, rank
 from lcia.stream import SCORERS, Row, Task
@@ -82,7 +82,7 @@ class AnswerCache:
 
     The unit is the whole list of prompts one group answers for one task, because in bfloat16 an answer may depend
     on what else is in its batch: reusing the list repeats exactly what a new computation would give. Of runs side by
-    side one answers a list, and the others wait for it.
+    side, each in one process, one answers a list and the others wait for it, where files can be locked.
 
     Args:
         folder: where they are kept; None: nowhere, everything is answered anew.
@@ -101,7 +101,8 @@ class AnswerCache:
         decoding: Decoding,
         compute: Callable[[], list[str]],
     ) -> list[str]:
-        if self._folder is None:
+        folder = self._folder
+        if folder is None:
             self.run += 1
             return compute()
         content = [
@@ -112,21 +113,28 @@ class AnswerCache:
             decoding.batch_size,
         ]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        path = self._folder / f"{key}.json"
+        path = folder / f"{key}.json"
 
         @on_main
         def stored() -> list[str] | None:
             return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+        @on_main
+        def store(found: list[str]) -> None:
+            try:
+                write_text(path, json.dumps(found, ensure_ascii=False))
+            except OSError as error:  # what was answered is there all the same
+                warn_once(f"{folder}: answers cannot be kept here ({error.strerror}) and may have to be made again")
+
         known = stored()
         if known is None:
             # Several processes of one run do not wait for another run: those that do not hold the lock would run into
             # the time limit of the messages between them.
-            with alone(self._folder / f".{key}.lock") if count() == 1 else contextlib.nullcontext():
+            with alone(folder / f".{key}.lock") if count() == 1 else contextlib.nullcontext():
                 known = stored()
                 if known is None:
                     found = compute()
-                    on_main(write_text)(path, json.dumps(found, ensure_ascii=False))
+                    store(found)
                     self.run += 1
                     return found
         self.reused += 1

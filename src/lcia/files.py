@@ -7,12 +7,11 @@ import fcntl
 import hashlib
 import json
 import os
-import time
+import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-_PATIENCE_S = 600.0  # who holds a lock longer may have been stopped
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,7 +53,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process is in here with this file, ten minutes at most.
+    """Wait until no other process is in here with this file, however long; the lock of one that is killed goes with it.
 
     For what would only be done twice: where the file cannot be written or the file system has no locks, nobody waits.
     """
@@ -62,17 +61,16 @@ def alone(lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(lock.open("a"))
-            until = time.monotonic() + _PATIENCE_S
-            while time.monotonic() < until:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    time.sleep(0.1)
-                else:
-                    held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # not when a child of ours ends, too
-                    held.callback(lock.unlink, missing_ok=True)
-                    break
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # not when a child of ours ends, too
+            held.callback(lock.unlink, missing_ok=True)
         yield
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning on stderr. Python's own "once" is forgotten as soon as a library changes the filters of warnings."""
+    warnings.warn(message, stacklevel=2)
 
 
 def move_durably(partial: Path, final: Path) -> dict[str, str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
-import yaml
-
 from lcia.backbone import Encoded
 from lcia.checkpoint import clear_checkpoints, find_checkpoint
 from lcia.early_stopping import EarlyStopping
@@ -15,7 +13,7 @@ from lcia.grouping import Match
 from lcia.methods import Placement
 from lcia.processes import is_sharding
 from lcia.progress import Reporter
-from lcia.results import parameter_counts, peak_memory_mib
+from lcia.results import method_line, parameter_counts, peak_memory_mib
 from lcia.seeds import stable_seed
 from lcia.session import Session, check_sharded_rows
 from lcia.stream import Row, Task
@@ -148,7 +146,7 @@ def model_card(session: Session, group: str) -> str:
     tasks = [name for name, placement in session.placements.items() if placement.adapter == group]
     beneath = next((placement.beneath for placement in session.placements.values() if placement.adapter == group), ())
     stack = f"- learned on top of, and summed with: {', '.join(beneath)}\n" if beneath else ""
-    method = yaml.safe_dump(session.config.method, default_flow_style=True).partition("\n")[0]
+    method = method_line(session.config)
     base, own = session.config.model, session.backbone.name
     initialised = "" if own == base else f", after the run's Init stage: {own}"
     return (

@@ -32,7 +32,7 @@ def measure_row(
 
     Args:
         row: 0 is the base model, whatever the pool holds by now.
-        with_oracle: measure as well what each task's own group would have answered.
+        with_oracle: measure as well what each task's own group would have answered; else `oracle` is empty.
     """
     chosen = {task.name: task.dev if split == "dev" else task.test for task in tasks}
     reporter.start(f"measuring row {row}", total=sum(map(len, chosen.values())))
@@ -60,8 +60,10 @@ def measure_row(
         counts = routing[task.name] = {}
         for match in matches:
             counts[match.group or ""] = counts.get(match.group or "", 0) + 1
+        if not with_oracle:
+            continue
         placement = session.placements.get(task.name)
-        if with_oracle and placement is not None and set(counts) != {placement.group}:
+        if placement is not None and set(counts) != {placement.group}:
             perfect = [Match(placement.group, 1.0, {})] * len(rows)
             oracle[task.name] = evaluate(task, rows, perfect).score
         else:

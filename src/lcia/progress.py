@@ -45,6 +45,7 @@ class Reporter:
         self._told = float("-inf")  # when the file was written last
         self._title = ""
         self._tasks: list[str] = []
+        self._columns: list[str] = []
         self._rows: dict[int, dict[str, float]] = {}
         self._current: Any = None
         self._loss = float("nan")
@@ -65,8 +66,15 @@ class Reporter:
             with contextlib.suppress(OSError):
                 self._file.unlink(missing_ok=True)
 
-    def start_run(self, title: str, tasks: Sequence[str]) -> None:
+    def start_run(self, title: str, tasks: Sequence[str], columns: Sequence[str] | None = None) -> None:
+        """A matrix begins.
+
+        Args:
+            tasks: all of the run, after which its rows are named.
+            columns: the tasks that are measured; None: the run's.
+        """
         self._title, self._tasks, self._rows = title, list(tasks), {}
+        self._columns = list(tasks if columns is None else columns)
         self._line(title)
 
     def start(self, what: str, total: int | None) -> None:
@@ -129,9 +137,9 @@ class Reporter:
     def _render(self) -> Group:
         table = Table(title=self._title or None, title_justify="left")
         table.add_column("after")
-        for task in self._tasks:
+        for task in self._columns:
             table.add_column(task, justify="right")
         for row, scores in sorted(self._rows.items()):
             label = "base model" if row == 0 else self._tasks[min(row, len(self._tasks)) - 1]
-            table.add_row(label, *(f"{scores[t]:.1f}" if t in scores else "·" for t in self._tasks))
+            table.add_row(label, *(f"{scores[t]:.1f}" if t in scores else "·" for t in self._columns))
         return Group(*([table] if self._rows else []), self._bar)

@@ -15,6 +15,7 @@ from lcia.results import method_name
 from lcia.run import finish, is_finished
 from lcia.run_folder import RunFolder
 from lcia.session import base_model, current_stream, frozen_config, open_session
+from lcia.stream.sources import TASK_NAME
 
 ACTIONS = ("rename", "merge", "split")
 
@@ -39,6 +40,8 @@ def regroup(
     folder = RunFolder(path).require_run()
     if action not in ACTIONS:
         raise UserError(f"unknown action {action!r}. {did_you_mean(action, ACTIONS)}")
+    if tasks and action != "split":
+        raise UserError(f"tasks: {action} takes the whole group; only split takes some tasks of it")
     if not reason.strip():
         raise UserError("a reason is needed: it goes into the ledger, for whoever reads it in a year")
     with folder.lock():
@@ -56,6 +59,8 @@ def regroup(
         if (other in codebook.groups) != (action == "merge"):
             problem = f"no group {other!r} to merge into" if action == "merge" else f"a group {other!r} exists already"
             raise UserError(f"{path}: {problem}; groups: {', '.join(codebook.groups)}")
+        if action != "merge" and not TASK_NAME.fullmatch(other):
+            raise UserError(f"group {other!r}: a name of folders and adapters has only A-Z a-z 0-9 _ - (at most 100)")
         moved = [name for name, placement in session.placements.items() if placement.adapter == group]
         origin = {name: name for name in pool.names}  # adapter → whose weights and state it has
         if action == "rename":

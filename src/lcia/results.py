@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from lcia.adapters import Pool, stack_members
 from lcia.config import RunConfig
@@ -17,7 +19,8 @@ from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics
 from lcia.stream import Stream
 
-_LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "scikit-learn", "rouge-score", "safetensors")
+_NUMERICAL = ("torch", "transformers", "tokenizers", "peft", "accelerate", "scikit-learn", "safetensors", "pillow")
+_LIBRARIES = ("lcia", *_NUMERICAL, "rouge-score")
 
 _INIT = ("tasks", "train_s", "left_out", "rounding", "trained_parameters", "peak_memory_mib")
 
@@ -123,6 +126,13 @@ def _routing(final: Mapping[str, Any], groups: Mapping[str, str | None]) -> dict
 
 def method_name(config: RunConfig) -> str:
     return "+".join(name for name, _ in config.method_parts())
+
+
+def method_line(config: RunConfig) -> str:
+    """The method and its options as the configuration states them, in one line of YAML."""
+    # a text alone is followed by a line with the end of the document
+    written = yaml.safe_dump(config.method, default_flow_style=True, width=math.inf, sort_keys=False)
+    return written.partition("\n")[0]
 
 
 def library_versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcia.backbone import cache_dir, load_backbone
 from lcia.checkpoint import clear_checkpoints
-from lcia.config import RunConfig, load_config
+from lcia.config import RunConfig, absolute_stream, load_config
 from lcia.errors import GateError, UserError
 from lcia.evaluation import AnswerCache
 from lcia.files import write_json, write_text
@@ -32,12 +32,12 @@ from lcia.session import (
     check_sharding,
     check_target_modules,
     current_stream,
+    data_facts,
     frozen_config,
     load_run_stream,
     make_pool,
     open_session,
     require_same_config,
-    rows_sha256,
 )
 from lcia.stream import Stream, Task
 
@@ -78,7 +78,6 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
         stream = current_stream(folder, config, reporter)
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         if not folder.records("run_began"):  # interrupted before its first line
-            folder.cut_unconfirmed()
             begin(folder, config, stream, backbone)
         backbone = initialise(folder, config, backbone, reporter)
         return finish(open_session(folder, config, stream, backbone), reporter)
@@ -112,7 +111,7 @@ def extend(
         stream = current_stream(folder, config, reporter)
         if not is_finished(folder, stream):
             raise UserError(f"{path}: the run is not finished; first `lcia resume {path}`")
-        source = str(Path(source).absolute()) if Path(source).exists() else source
+        source = absolute_stream(source)
         added = additional_stream(config, source, tasks, reporter)
         taken = {task.name for task in stream} & {task.name for task in added}
         if taken:
@@ -121,8 +120,13 @@ def extend(
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         check_lengths(added.tasks, backbone.reader, backbone.layout, config)
         session = open_session(folder, config, stream, backbone)
-        if stream.tasks and len(session.method.schedule(stream.tasks)) == 1 < len(stream):
+        stages = session.method.schedule(stream.tasks)
+        if session.method.schedule((*stream.tasks, *added.tasks))[: len(stages)] != stages:
             raise UserError(f"{path}: method {method_name(config)} learns all tasks at once; start a new run")
+        groups = () if session.method.codebook is None else session.method.codebook.groups
+        for task in added:
+            if task.name in groups:
+                raise UserError(f"{path}: a group is called {task.name!r} already; give the new task another name")
         session.stream = session.fitted(
             Stream(stream.name, (*stream.tasks, *added.tasks), (*stream.notes, *added.notes))
         )
@@ -130,7 +134,7 @@ def extend(
             "extended",
             source=source,
             tasks=[task.name for task in added],
-            data_sha256={task.name: rows_sha256(task) for task in added},
+            **data_facts(added.tasks),
             versions=library_versions(),
         )
         return finish(session, reporter)
@@ -140,18 +144,20 @@ def rollback(path: Path, to: str, reporter: Reporter) -> dict[str, Any]:
     """Back to the state after task `to`: what was learned behind it is no longer part of the run.
 
     Raises:
-        UserError: `to` was not learned, or not as a stage of its own.
+        UserError: `to` was not learned, or not as a stage of its own, or a file of its state is missing or was altered.
     """
     folder = RunFolder(path).require_run()
     with folder.lock():
         config = frozen_config(folder)
-        stages = [
-            record["stage"] for record in folder.records("stage_learned") if record["stage"] in record["placements"]
-        ]
+        stages = {
+            record["stage"]: record
+            for record in folder.records("stage_learned")
+            if record["stage"] in record["placements"]
+        }
         if to not in stages:
             raise UserError(f"{path}: no task {to!r} to go back to; learned one by one: {', '.join(stages) or 'none'}")
+        folder.check_snapshot(stages[to])  # once confirmed there is no way back
         clear_checkpoints(folder.state)
-        folder.cut_unconfirmed()
         folder.confirm("rolled_back", to=to)
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         return finish(open_session(folder, config, current_stream(folder, config, reporter), backbone), reporter)
@@ -207,6 +213,9 @@ def measure_again(
     name = split if source is None else f"{Path(source).stem}-{split}"
     target = folder.path / "evaluations" / name
     measured = []
+    names = [task.name for task in asked]
+    title = f"{method_name(config)} · {config.model} · {split} rows → {target}.json"
+    reporter.start_run(title, [task.name for task in stream], names)
     cache = AnswerCache(None if recompute else cache_dir() / "answers", session.engine())
     snapshots = folder.records("stage_learned")
     for number, (row, _) in enumerate(plan):
@@ -220,7 +229,6 @@ def measure_again(
         seen = asked if last or row == 0 else [task for task in asked if task in session.stream.tasks[: row + 1]]
         measured.append(measure_row(session, cache, row, seen, split, target, reporter, with_oracle=last))
         reporter.row(row, measured[-1]["scores"])
-    names = [task.name for task in asked]
     scores = measured[-1]["scores"]
     result: dict[str, Any] = {"run": str(path), "split": split, "source": source, "tasks": names, "rows": measured}
     result["metrics"] = {"avg_acc": sum(scores.values()) / len(scores)}
@@ -307,10 +315,12 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
             learn_stage(session, stage, reporter)
         # After task j the next one is measured too: how well it goes untaught is forward transfer.
         seen = tasks if row == 0 else tasks[: row + 1]
-        missing = [task for task in seen if row not in rows or task.name not in rows[row]["scores"]]
+        is_last = row == len(tasks)
+        # a row that a rollback made the last one was measured without its oracle
+        known = rows.get(row, {}).get("oracle" if is_last else "scores", {})
+        missing = [task for task in seen if task.name not in known]
         if missing:
             split, target = config.eval_split, folder.path / "predictions"
-            is_last = row == len(tasks)
             facts = measure_row(session, cache, row, missing, split, target, reporter, with_oracle=is_last)
             folder.confirm("row_measured", **facts)
             rows = measured()
@@ -335,5 +345,5 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
 def _drifted_versions(folder: RunFolder) -> list[str]:
     """Libraries that changed since the run began: numbers may differ in their last digits."""
     began, now = folder.records("run_began")[0]["versions"], library_versions()
-    changed = [f"{name} {began.get(name)} → {now[name]}" for name in now if began.get(name) != now[name]]
+    changed = [f"{name} {began[name]} → {now[name]}" for name in now if name in began and began[name] != now[name]]
     return [f"other library versions than when the run began: {', '.join(changed)}"] if changed else []

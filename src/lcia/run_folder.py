@@ -43,6 +43,7 @@ from lcia.processes import on_main
 
 # There before a run begins, where something else begins it.
 _BESIDE_A_RUN = {".lock", ".log.progress", "log.txt"}
+_CONFIG_PART = ".config.yaml.*.part"  # of a process that was killed while it began a run
 
 
 def now() -> str:
@@ -78,13 +79,15 @@ class RunFolder:
                 f"output_dir {self.path} holds another run; choose another output_dir, "
                 f"or go on with `lcia resume {self.path}`"
             )
-        if self.path.exists() and any(entry.name not in _BESIDE_A_RUN for entry in self.path.iterdir()):
+        if self.path.exists() and any(
+            entry.name not in _BESIDE_A_RUN and not entry.match(_CONFIG_PART) for entry in self.path.iterdir()
+        ):
             raise UserError(f"output_dir {self.path} is not empty and holds no run; choose another output_dir")
         return self
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One run that writes at a time, of however many processes.
+        """One run that writes at a time, of however many processes; a line that the one before left cut is removed.
 
         The operating system lets the lock go with its process, however that ends.
 
@@ -107,6 +110,7 @@ class RunFolder:
                     raise UserError(message) from None
 
             take()
+            self.cut_unconfirmed()
             yield
 
     # --- the ledger
@@ -332,7 +336,12 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def _save_method(method: Combined, folder: Path) -> None:
     state = method.state_dict()
-    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors: dict[str, torch.Tensor] = {}
+    there = set()  # groups that were split share tensors, and safetensors saves each piece of memory once
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            tensors[key] = value.clone() if value.data_ptr() in there else value.contiguous()
+            there.add(value.data_ptr())
     values = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
     save_file(tensors, folder / "method.safetensors")
     write_json(folder / "method.json", values)

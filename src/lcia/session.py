@@ -20,6 +20,8 @@ import torch
 import lcia.adapters
 import lcia.backbone
 import lcia.evaluation
+import lcia.grouping
+import lcia.methods
 from lcia.adapters import Pool, find_projector, language_targets
 from lcia.backbone import Backbone, Layout, Reader, find_model, fit_demonstrations, load_backbone, load_layout
 from lcia.backbone.images import image_size, open_image
@@ -41,7 +43,8 @@ from lcia.stream import Row, Stream, Task, load_stream
 @cache
 def _decoding_code() -> str:
     """Hash of the sources that make a prediction of weights and prompt: an answer kept by others is not reused."""
-    packages = [Path(str(package.__file__)).parent for package in (lcia.backbone, lcia.adapters)]
+    parts = (lcia.backbone, lcia.adapters, lcia.grouping, lcia.methods)
+    packages = [Path(str(package.__file__)).parent for package in parts]
     files = [*(file for package in packages for file in sorted(package.rglob("*.py"))), Path(lcia.evaluation.__file__)]
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
@@ -164,7 +167,7 @@ def begin(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbo
         machine=machine(),
         base_sha256=backbone.fingerprint,
         reader_sha256=_sha256(_as_configured(backbone, config).reader.settings()),
-        data_sha256={task.name: rows_sha256(task) for task in stream},
+        **data_facts(stream.tasks),
     )
 
 
@@ -325,27 +328,33 @@ def current_stream(folder: RunFolder, config: RunConfig, reporter: Reporter | No
     """The tasks the run has by now: those of its configuration, what extended it, less what was rolled back.
 
     Raises:
-        UserError: a task's rows are not those it was begun with.
+        UserError: a task's rows, instructions or scorer are not those it was begun with.
     """
     stream = load_run_stream(config, reporter)
     tasks, notes = list(stream.tasks), list(stream.notes)
-    digests: dict[str, str] = {}
+    began: dict[str, dict[str, str]] = {"data_sha256": {}, "instructions_sha256": {}, "scorers": {}}
     for record in folder.records("run_began", "extended", "rolled_back"):
-        if record["event"] == "run_began":
-            digests.update(record["data_sha256"])
-        elif record["event"] == "extended":
+        if record["event"] == "extended":
             added = additional_stream(config, record["source"], record["tasks"], reporter)
             tasks, notes = [*tasks, *added.tasks], [*notes, *added.notes]
-            digests.update(record["data_sha256"])
-        else:  # rolled_back
+        elif record["event"] == "rolled_back":
             names = [task.name for task in tasks]
             tasks = tasks[: names.index(record["to"]) + 1]
-    for task in tasks:
-        if task.name in digests and digests[task.name] != rows_sha256(task):
-            raise UserError(
-                f"{folder.path}: the rows of task {task.name!r} are not those the run began with; restore the data, "
-                "or start a new run"
-            )
+        for fact, values in began.items():
+            values.update(record.get(fact, {}))  # lines of older versions have the rows' hash alone
+    for fact, values in data_facts(tasks).items():
+        for name, now in values.items():
+            before = began[fact].get(name, now)
+            if before != now and fact == "scorers":
+                raise UserError(
+                    f"{folder.path}: task {name!r} was scored by {before} when the run began, and is by {now} now; "
+                    "restore its scorer, or start a new run"
+                )
+            if before != now:
+                raise UserError(
+                    f"{folder.path}: the rows of task {name!r} are not those the run began with; restore the data, "
+                    "or start a new run"
+                )
     return Stream(stream.name, tuple(tasks), tuple(notes))
 
 
@@ -354,6 +363,16 @@ def _draw(rows: tuple[Row, ...], limit: int | None, seed: int) -> tuple[Row, ...
         return rows
     chosen = sorted(random.Random(seed).sample(range(len(rows)), limit))
     return tuple(rows[i] for i in chosen)
+
+
+def data_facts(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
+    """What a line of the ledger keeps of its tasks' data: {fact: {task: value}}."""
+    return {
+        "data_sha256": {task.name: rows_sha256(task) for task in tasks},
+        # of the training rows that were not drawn, too: tasks are grouped by them
+        "instructions_sha256": {task.name: _sha256({"instructions": task.instructions}) for task in tasks},
+        "scorers": {task.name: task.scorer for task in tasks},
+    }
 
 
 def rows_sha256(task: Task) -> str:
@@ -427,9 +446,15 @@ def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config:
     """What only the model's reader knows: whether it takes images of every size, and whether rows fit.
 
     Raises:
-        UserError: an image's size is refused, a task has conversations that the model cannot learn, none of its rows
-            fits, or it has no dev row for early stopping.
+        UserError: a limit is beyond the model's positions, an image's size is refused, a task has conversations that
+            the model cannot learn, none of its rows fits, or it has no dev row for early stopping.
     """
+    for key in ("max_length", "max_new_tokens") if layout is ENCODER_DECODER else ("max_length",):
+        if reader.positions is not None and getattr(config, key) > reader.positions:
+            raise UserError(
+                f"{key} is {getattr(config, key)}, and the model {config.model} has {reader.positions} positions: give "
+                f"{key}: {reader.positions}; rows that do not fit are left out, and counted"
+            )
     reader = reader.with_padding(config.image_padding)
     _check_image_sizes(tasks, reader)
     for task in tasks:

@@ -66,6 +66,7 @@ class _Moments(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         per_gradient = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        per_gradient = min(per_gradient, len(self._rows))
         self._method.begin(
             Training(
                 self._task,
@@ -285,6 +286,10 @@ def learn_task(
             "dataloader_pin_memory": torch.cuda.is_available(),
         }
     )
+    # A Trainer without a launcher would deal the rows of each batch out to all GPUs (DataParallel): more rows a step
+    # than asked for, and the answers' positions cut in pieces.
+    settings.device  # noqa: B018 - looks how many there are
+    settings._n_gpu = min(settings.n_gpu, 1)
     if is_sharding():
         name_layers(model)
     moments = _Moments(method, task, placement, [row for row, _ in rows], checkpoint, early_stopping, on_record)

@@ -11,6 +11,7 @@ chosen modules stay what and where they are; the small ones hang below them:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -187,7 +188,9 @@ class ModulePool(Pool):
             self._projectors.active = name
 
     def sha256(self, name: str) -> str:
-        return weights_sha256(self._state(name))
+        """Content hash of what an adapter computes: the settings are part of it."""
+        content = [weights_sha256(self._state(name)), self._settings]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, name: str, folder: Path) -> None:
         """Write `weights.safetensors`, and `method.json`: {base_model, settings}."""

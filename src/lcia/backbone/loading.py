@@ -33,6 +33,13 @@ from lcia.backbone.vision_memo import VisionMemo
 from lcia.errors import UserError, did_you_mean
 from lcia.files import alone
 
+# Kinds of models that look up a vector for each position; the others compute them, or go by distances.
+_TABLE_OF_POSITIONS = frozenset(
+    {
+        *("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"),
+        *("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+    }
+)
 _WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -215,7 +222,11 @@ def load_reader(where: str, name: str, layout: Layout) -> Reader:
         raise UserError(f"model {name}: its tokenizer has no eos_token, so an answer could never end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return ImageReader(chat, tokenizer) if layout.sees else Reader(chat, tokenizer)
+    reader = ImageReader(chat, tokenizer) if layout.sees else Reader(chat, tokenizer)
+    config = AutoConfig.from_pretrained(where).get_text_config()
+    if config.model_type in _TABLE_OF_POSITIONS:
+        reader.positions = int(config.max_position_embeddings)
+    return reader
 
 
 def resolve_paths(dtype: str, attn_implementation: str, device: torch.device) -> dict[str, str]:

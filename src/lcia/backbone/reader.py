@@ -41,6 +41,7 @@ class Reader:
     """What transformers calls a processor, for rows: token ids of one, tensors of several."""
 
     sees = False  # whether rows may have images
+    positions: int | None = None  # for which the model has a vector: no sequence may be longer; None: it needs none
     # A method whose weights differ from row to row sets it: row → (D,), of its instruction or user_text, by which the
     # method tells rows apart.
     query: Callable[[Encoded], NDArray[np.float32]] | None = None
@@ -125,7 +126,9 @@ class ImageReader(Reader):
         self._colour = None if padding is None else mean_colour(chat)
 
     def with_padding(self, padding: str | None) -> ImageReader:
-        return ImageReader(self.chat, self.tokenizer, padding)
+        padded = ImageReader(self.chat, self.tokenizer, padding)
+        padded.positions = self.positions
+        return padded
 
     def settings(self) -> dict[str, Any]:
         # the processor's own class too: transformers has one with torchvision and one without, and pixels differ

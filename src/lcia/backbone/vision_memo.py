@@ -7,6 +7,7 @@ changes. Shapes: B images, C channels, H × W pixels.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from contextlib import suppress
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from lcia.backbone.cache import cache_dir
 from lcia.errors import UserError
+from lcia.files import file_sha256, warn_once
 
 _NOT_SETTINGS = ("dtype", "architectures", "_name_or_path")  # where a tower came from; its weights have their dtype
 _FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
@@ -33,10 +35,11 @@ class VisionMemo:
     Images are computed one at a time, so that what is kept does not depend on the batch in which an image first came.
     Outputs keep the dtype they were computed in: the numbers are those of the tower, bit for bit.
 
-    An output is kept under the sha256 of the image's pixels, the tower's weights and settings, the arguments of the
-    call, the kind of device and the version of torch. Nothing is kept of a call that could give something else the next
-    time, or has gradients: a tower that is trained, dropout in training, arguments that are tensors, pixels that are
-    not (B, C, H, W). Such calls go to the tower and are counted in `passed_on`.
+    An output is kept under the sha256 of the image's pixels, the tower's weights, settings and code, the arguments of
+    the call, the device (of a CPU its instructions and threads) and the version of torch. Nothing is kept of a call
+    that could give something else the next time, or has gradients: a tower that is trained, dropout in training,
+    arguments that are tensors, pixels that are not (B, C, H, W). Such calls go to the tower and are counted in
+    `passed_on`.
 
     Args:
         tower: the vision tower of any model; its weights must not change while the memo is set.
@@ -58,7 +61,12 @@ class VisionMemo:
         settings = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_SETTINGS}
         settings["attention"] = config._attn_implementation  # its kinds differ in the last bits
         described = json.dumps(settings, sort_keys=True, default=str)
-        digest = hashlib.sha256(f"{type(self.tower).__name__} {described} torch {torch.__version__}".encode())
+        code = file_sha256(Path(inspect.getfile(type(self.tower))))
+        on_cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        kernels = torch.cuda.get_device_name() if self.tower.device.type == "cuda" else on_cpu
+        digest = hashlib.sha256(
+            f"{type(self.tower).__name__} {code} {described} torch {torch.__version__} {kernels}".encode()
+        )
         for name, tensor in sorted(self.tower.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
@@ -106,7 +114,10 @@ class VisionMemo:
             raise TypeError(f"{type(self.tower).__name__} gives {type(output).__name__}, of which no memo can be kept")
         self.computed += 1
         fields = {name: _as_list(output[name]) for name in _FIELDS if output.get(name) is not None}
-        _write(file, fields)
+        try:
+            _write(file, fields)
+        except OSError as error:  # what was computed is there all the same
+            warn_once(f"{self.folder}: features cannot be kept here ({error.strerror}) and are computed each time")
         return fields
 
 

@@ -119,6 +119,13 @@ class DynamicEMA:
         self.examples_per_gradient = examples_per_gradient
         if "curvature" in reads:
             self._check_fisher(fisher_source, optimizer, strength, forgetting)
+            unread = {"retained": retained is not None}
+        else:
+            chosen = {"strength": strength != 1, "forgetting": forgetting is not None}
+            unread = {**chosen, "fisher_source": fisher_source != "running"}
+        for option, given in unread.items():
+            if given:
+                raise ValueError(f"rule {rule!r} does not read {option}: leave it out, or take another rule")
         self.strength = strength
         self.forgetting = strength if forgetting is None else forgetting
         self.fisher_source = fisher_source
@@ -171,7 +178,7 @@ class DynamicEMA:
         self._followed = None
         if self.per == "element":
             self._followed = Followed(self._layout, *self._parameters.sizes_and_positions())
-        self.steps = 0
+        self.steps = self.skipped_steps = 0
         self._observed_sums: Tensor | None = None  # (n,) Σ g² of the step that observe() has seen
         self._warned = False
 
@@ -207,14 +214,23 @@ class DynamicEMA:
             if on_cpu:
                 squared.clamp_(max=torch.finfo(squared.dtype).max)  # of a gradient of 10²⁰
             else:
-                squared.nan_to_num_(0, 0, torch.finfo(squared.dtype).max)
+                squared.nan_to_num_(nan=0, posinf=torch.finfo(squared.dtype).max)
             self._squares[block.rows].lerp_(squared, weight[block.rows])
-        self.discard()
+        self._forget_gradients()
         self._memory["observed"] += present
         self._observed_sums = observed_sums
 
+    @property
+    def observed(self) -> bool:
+        """Whether `observe` has seen this step's gradients."""
+        return self._observed_sums is not None
+
     def discard(self) -> None:
         """Instead of `step`, where no step is made: a gradient scaler found the gradients infinite."""
+        self.skipped_steps += 1
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         self._observed_sums = None
         if self._examples:
             torch._foreach_zero_(self._examples)
@@ -239,7 +255,8 @@ class DynamicEMA:
         squares, correction = self._squared_gradients()
         if correction is not None:
             correction = correction / self.strength
-        moves = torch.zeros_like(present) if self.steps < self.rest_steps else present
+        resting = self.steps + self.skipped_steps < self.rest_steps
+        moves = torch.zeros_like(present) if resting else present
         now = _Step(weights, gradients, present, moves, squares, correction)
         norms = self._norms(now)
         bad_gradient = self._refuse_nonfinite(norms)
@@ -257,7 +274,7 @@ class DynamicEMA:
         memory["seen"] = torch.maximum(memory["seen"], present)
         if "previous_offset" in self._rule.reads:
             memory["offset"] = torch.where(present > 0, beta * norms["offset"], memory["offset"])
-        self.discard()
+        self._forget_gradients()
         self.steps += 1
 
     def _moment(self, block: Block, now: _Step) -> Moment:
@@ -373,7 +390,7 @@ class DynamicEMA:
             names = self._parameters.names
             weights, gradients = ([names[i] for i in row.nonzero().flatten().tolist()] for row in bad)
             if weights:
-                self.discard()
+                self._forget_gradients()
                 raise RuntimeError(f"{weights[0]} is not finite after {self.steps} steps: θ* was not moved")
             if not self._warned:
                 self._warned = True
@@ -438,6 +455,11 @@ class DynamicEMA:
         return float(self._memory["fell_back"].sum()) / moved if moved else 0.0
 
     @property
+    def has_moved(self) -> bool:
+        """Whether any average has left its start."""
+        return bool(self._memory["moved"].any())
+
+    @property
     def missing_gradients(self) -> dict[str, int]:
         """{name: steps without a gradient}, of the optional parameters that had such steps."""
         return {name: int(count) for name, count in self._numbers("missing").items() if count}
@@ -491,7 +513,8 @@ class DynamicEMA:
 
         Of sharded parameters it holds whole tensors, the same on every process: any number can resume.
         """
-        state: dict[str, Any] = {"rule": self.rule, "per": self.per, **self._settings(), "steps": self.steps}
+        state: dict[str, Any] = {"rule": self.rule, "per": self.per, **self._settings()}
+        state |= {"steps": self.steps, "skipped_steps": self.skipped_steps}
         for kind, flat in self._buffers().items():
             for name, value in self._parameters.named_whole(self._layout.views(flat)).items():
                 state[f"{kind}/{name}"] = value.clone()
@@ -530,8 +553,8 @@ class DynamicEMA:
             followed = torch.empty_like(self._followed.product)
             followed[:, order] = state["memory/followed"].to(followed)
             self._followed.restore(followed)
-        self.steps = int(state["steps"])
-        self.discard()
+        self.steps, self.skipped_steps = int(state["steps"]), int(state.get("skipped_steps", 0))
+        self._forget_gradients()
 
     def save(self, path: str | Path, *, write: bool = True) -> None:
         """Write `state_dict()` as one safetensors file; the numbers go into its metadata, as JSON.

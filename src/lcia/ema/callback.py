@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import warnings
 from pathlib import Path
@@ -13,12 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lcia.ema.average import DynamicEMA
 from lcia.ema.clipping import ClipWatch
+from lcia.ema.rules import find_rule
 from lcia.ema.sharding import forget_gathered
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import Trainer
 
 FILE_NAME = "ema.safetensors"
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 class DynamicEMACallback(TrainerCallback):
@@ -41,7 +44,7 @@ class DynamicEMACallback(TrainerCallback):
         evaluate_average: False: evaluations during training see the raw θ.
         keep_raw: True: the model holds the raw θ after training; θ* is in `.ema.averages`.
         resume_from: the checkpoint folder, where it is neither in `output_dir` nor in `args.resume_from_checkpoint`.
-        trainer: whose loggers are used.
+        trainer: whose loggers are used, and whose evaluation sets are counted.
 
     Attributes:
         ema: the DynamicEMA of the current or last training; None before the first.
@@ -49,7 +52,8 @@ class DynamicEMACallback(TrainerCallback):
     Raises:
         FileNotFoundError: training resumes from a checkpoint without `ema.safetensors`.
         ValueError: an option that DynamicEMA does not take, or one that does not go with the Trainer's.
-        RuntimeError: the Trainer runs on DeepSpeed or FSDP1, or evaluates several sets and `trainer` is not given.
+        RuntimeError: the Trainer runs on DeepSpeed or FSDP1, or evaluates several sets and `trainer` is not given, or
+            the `ema.safetensors` that is found is not of the training that resumes.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class DynamicEMACallback(TrainerCallback):
         trainer: Trainer | None = None,
         **options: Any,
     ):
+        if options.get("importance") and "importance" not in find_rule(rule).reads:
+            raise ValueError(f"rule {rule!r} does not read importance: take rule='fisher', or leave it out")
         self.options = {"rule": rule, "fallback": fallback, **options}
         self.evaluate_average = evaluate_average
         self.keep_raw = keep_raw
@@ -73,6 +79,8 @@ class DynamicEMACallback(TrainerCallback):
             trainer.callback_handler.callbacks.insert(0, _LogsFirst(self))
         self._clip_watch: ClipWatch | None = None
         self._unclip = 1.0
+        self._loss_scale = 1.0
+        self._rows = 0  # of a process's micro-batch
         self._raw: list[tuple[Tensor, Tensor]] = []  # (parameter, its θ) while an evaluation sees θ*
         self._evaluations_left = 0
         self._evaluated = False  # in this step, with θ*
@@ -82,20 +90,21 @@ class DynamicEMACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        # set by the configuration's key, or by `accelerate launch`
-        if args.deepspeed is not None or getattr(args, "deepspeed_plugin", None) is not None:
-            raise RuntimeError(
-                "DeepSpeed makes the optimizer step, and clears the gradients, inside backward(), before a callback "
-                "can read them: DynamicEMACallback works with one process, DDP and FSDP2"
-            )
-        scaled = getattr(kwargs["optimizer"], "scaler", None) is not None  # by a key, or by `accelerate launch`
-        if scaled and self.options.get("fisher_source") == "per_example":
-            raise ValueError(
-                "fisher_source='per_example' would see gradients of the scaled loss that fp16 trains with: use bf16"
-            )
+        self._refuse_what_cannot_work(args, state, kwargs["optimizer"])
+        rows = args.train_batch_size
+        if args.auto_find_batch_size:
+            rows = state.train_batch_size
+            if rows < self._rows and self._training and not state.global_step:
+                warnings.warn(
+                    "training begins again with smaller batches, from weights that have been trained already: the "
+                    "average starts there. For one that starts where training did, begin with "
+                    f"per_device_train_batch_size={rows}",
+                    stacklevel=2,
+                )
+        self._rows = rows
         defaults = {
             "total_steps": state.max_steps,
-            "examples_per_gradient": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "examples_per_gradient": rows * args.gradient_accumulation_steps * args.world_size,
             "optimizer": kwargs["optimizer"],
         }
         self.ema = DynamicEMA(model.named_parameters(), **{**defaults, **self.options})
@@ -107,21 +116,45 @@ class DynamicEMACallback(TrainerCallback):
         if self.ema.wants_unclipped and args.max_grad_norm:
             self._clip_watch = ClipWatch(model.parameters())
 
+    def _refuse_what_cannot_work(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+        # set by the configuration's key, or by `accelerate launch`
+        if args.deepspeed is not None or getattr(args, "deepspeed_plugin", None) is not None:
+            raise RuntimeError(
+                "DeepSpeed makes the optimizer step, and clears the gradients, inside backward(), before a callback "
+                "can read them: DynamicEMACallback works with one process, DDP and FSDP2"
+            )
+        scaled = getattr(optimizer, "scaler", None) is not None  # by a key, or by `accelerate launch`
+        if scaled and self.options.get("fisher_source") == "per_example":
+            raise ValueError(
+                "fisher_source='per_example' would see gradients of the scaled loss that fp16 trains with: use bf16"
+            )
+        if self.evaluate_average and getattr(args, "use_vllm", False) and args.eval_strategy != "no":
+            raise ValueError(
+                "with use_vllm an evaluation hands the averaged weights to vLLM, and the training step behind it would "
+                "generate with them: give DynamicEMACallback(evaluate_average=False), or eval_strategy='no'"
+            )
+        if state.is_hyper_param_search and args.save_strategy != "no":
+            raise ValueError(
+                "a hyperparameter search writes checkpoints into folders that no callback is told: save_strategy='no'"
+            )
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._loss_scale = _loss_scale(kwargs["optimizer"])
         if self._clip_watch is not None:
-            scaler = kwargs["optimizer"].scaler
-            self._unclip = self._clip_watch.undo(scaler.get_scale() if scaler is not None else 1.0)
+            self._unclip = self._clip_watch.undo(self._loss_scale)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         ema = self._running()
-        if kwargs["optimizer"].step_was_skipped:
+        # A fused optimizer skips a step inside its kernel, which accelerate does not see; the scale falls all the same.
+        if kwargs["optimizer"].step_was_skipped or _loss_scale(kwargs["optimizer"]) < self._loss_scale:
             ema.discard()
             return
-        ema.observe(self._unclip)
+        if not ema.observed:  # else by a Trainer of the user's own
+            ema.observe(self._unclip)
         ema.step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -147,9 +180,12 @@ class DynamicEMACallback(TrainerCallback):
                 stacklevel=2,
             )
         if self._evaluated and not self._evaluations_left:
+            advice = "Give DynamicEMACallback(trainer=...), so that it knows of all sets"
+            if self.trainer is not None:
+                advice = "Another callback has evaluated in this step: put it before DynamicEMACallback"
             raise RuntimeError(
                 "the first set of this evaluation was seen by the averaged weights, this one by the raw weights. "
-                "Give DynamicEMACallback(trainer=...), so that it knows of all sets, or evaluate_average=False"
+                f"{advice}, or evaluate_average=False"
             )
         self._evaluations_left = max(0, self._evaluations_left - 1)
         if not self._evaluations_left:
@@ -175,6 +211,13 @@ class DynamicEMACallback(TrainerCallback):
         self._show_raw(kwargs["model"])
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             ema.load(_existing(Path(state.best_model_checkpoint) / FILE_NAME))
+        if ema.rest_steps and not ema.has_moved:
+            warnings.warn(
+                "what is averaged of this training is its start alone: it ended (or its best checkpoint is) at step "
+                f"{ema.steps + ema.skipped_steps}, and by rest={self.options['rest']} the average moves from step "
+                f"{ema.rest_steps + 1} on; the model holds the raw weights with keep_raw=True",
+                stacklevel=2,
+            )
         if not self.keep_raw:
             ema.copy_to_model(kwargs["model"])
 
@@ -231,7 +274,18 @@ class DynamicEMACallback(TrainerCallback):
     def _file_to_resume(self, args: TrainingArguments, state: TrainerState) -> Path:
         folders = [self.resume_from, args.resume_from_checkpoint]
         folder = next((Path(given) for given in folders if isinstance(given, str | Path)), None)
-        return _existing((folder or Path(args.output_dir) / f"checkpoint-{state.global_step}") / FILE_NAME)
+        folder = folder or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        file = _existing(folder / FILE_NAME)
+        trainers = folder / TRAINER_STATE_NAME
+        if trainers.is_file():
+            there = TrainerState.load_from_json(str(trainers)).log_history
+            # as text, in which NaN is equal to itself; an evaluation as training begins may have been added
+            if json.dumps(there) != json.dumps(state.log_history[: len(there)]):
+                raise RuntimeError(
+                    f"{file} is not of the training that resumes: {trainers} has another history. Give resume_from= "
+                    "the folder that resume_from_checkpoint names"
+                )
+        return file
 
 
 class _LogsFirst(TrainerCallback):
@@ -242,6 +296,11 @@ class _LogsFirst(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._owner.add_values(state, kwargs["logs"])
+
+
+def _loss_scale(optimizer: Any) -> float:
+    """What fp16 multiplies the loss by."""
+    return 1.0 if optimizer.scaler is None else float(optimizer.scaler.get_scale())
 
 
 def _existing(file: Path) -> Path:

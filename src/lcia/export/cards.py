@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-
 from lcia.export.source import Source
+from lcia.results import method_line
+from lcia.stream.super_ni import super_ni_prompt
 
 # vLLM reserves memory for every adapter that one batch may hold.
 _MAX_ADAPTERS_IN_A_BATCH = 8
-_PROMPT = (
+_PLAIN = (
     "A prompt is the base model's chat template over {turns}, the input and on a new line the instruction "
-    "(without a template: plain lines, `INPUT\\nINSTRUCTION\\n`). Answers were measured with greedy decoding."
+    "(without a template: plain lines, `INPUT\\nINSTRUCTION\\n`)."
+)
+_SUPER_NI = (
+    "A prompt is the base model's chat template over {turns}, Super-NI's prompt (without a template: plain lines, and "
+    "that prompt as it is):\n\n```\n{text}\n```\n\nIt ends in a space. A part that ends in punctuation gets no further "
+    "full stop. Of the task's examples those that do not fit are left out, from the last one on."
 )
 _PADDING = """
 
@@ -72,11 +77,28 @@ def merged_card(source: Source, group: str, dtype: str, rounding: float) -> str:
     return _card(source, group, "transformers", what, use)
 
 
-def _prompt(source: Source) -> str:
-    """How the run asks."""
+def _prompt(source: Source, tasks: Iterable[str]) -> str:
+    """How the run asks in these tasks."""
     system = source.config.system
     turns = "one user turn" if system is None else f"the system message {json.dumps(system)} and one user turn"
-    return _PROMPT.format(turns=turns) + (_PADDING if source.config.image_padding and source.layout.sees else "")
+    asked: dict[int | None, list[str]] = {}  # examples → tasks
+    for task in tasks:
+        asked.setdefault(source.examples[task], []).append(task)
+    forms = [
+        (f"**{', '.join(names)}**: " if len(asked) > 1 else "")
+        + (_PLAIN if examples is None else _SUPER_NI).format(turns=turns, text=_last_turn(examples))
+        for examples, names in asked.items()
+    ]
+    padding = _PADDING if source.config.image_padding and source.layout.sees else ""
+    return "\n\n".join(forms) + " Answers were measured with greedy decoding." + padding
+
+
+def _last_turn(examples: int | None) -> str:
+    """What a user's turn says, with words in capitals for what changes."""
+    if examples is None:
+        return "INPUT\nINSTRUCTION"
+    shown = [(f"EXAMPLE {number}", f"ANSWER {number}") for number in range(1, examples + 1)]
+    return super_ni_prompt("INSTRUCTION", shown, "INPUT")[0]
 
 
 def _card(source: Source, group: str, library: str, what: str, use: str, note: str = "") -> str:
@@ -84,18 +106,17 @@ def _card(source: Source, group: str, library: str, what: str, use: str, note: s
     return (
         f"---\n{base}library_name: {library}\ntags: [lora, continual-learning]\n---\n\n# {group}\n\n{what}\n\n"
         f"- tasks learned, in order: {', '.join(source.groups[group])}\n{_facts(source)}\n"
-        f"{_scores(source, group)}## Use\n\n```python\n{use}\n```\n\n{note}{_prompt(source)}\n"
+        f"{_scores(source, group)}## Use\n\n```python\n{use}\n```\n\n{note}{_prompt(source, source.groups[group])}\n"
     )
 
 
 def _facts(source: Source) -> str:
     learned = sum(len(tasks) for tasks in source.groups.values())
-    method = yaml.safe_dump(source.config.method, default_flow_style=True).partition("\n")[0]
     base = f"{source.config.model}{' after the Init stage' if source.is_initialised else ''}, in {source.dtype}"
     state = f"- **the run is not finished**: {learned} of {len(source.planned)} tasks are learned\n"
     return (
         f"- base model: {base}, sha256 of its weights {source.base_sha256[:16]}…\n"
-        f"- method: {method}, seed {source.config.seed}\n{'' if source.results else state}"
+        f"- method: {method_line(source.config)}, seed {source.config.seed}\n{'' if source.results else state}"
         f"- lcia {version('lcia')}\n- licence: see the base model, and the data it was trained on here\n"
     )
 
@@ -161,9 +182,11 @@ def serving_guide(source: Source, served: str) -> str:
             'match = load_routes("routes.json").route("INSTRUCTION")\n'
             f"model = match.group or {served!r}  # no group is near enough: the base model\n```"
         )
+    tasks = [task for names in source.groups.values() for task in names]
     turns = [] if source.config.system is None else [{"role": "system", "content": source.config.system}]
+    turns.append({"role": "user", "content": _last_turn(source.examples[tasks[0]])})
     # as it stands between the quotes of a shell: a system message may hold an apostrophe
-    messages = shlex.quote(json.dumps([*turns, {"role": "user", "content": "INPUT\nINSTRUCTION"}]))[1:-1]
+    messages = shlex.quote(json.dumps(turns))[1:-1]
     return (
         "# Groups of one run, served by vLLM\n\n"
         "`./serve.sh` starts a server of the OpenAI API with one model name per group; options of `vllm serve` may "
@@ -171,7 +194,7 @@ def serving_guide(source: Source, served: str) -> str:
         f"| model | answers |\n|---|---|\n{models}| `{served}` | the base model |\n\n{route}\n\n"
         "```sh\ncurl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f'  -d \'{{"model": "MODEL", "temperature": 0, "messages": {messages}}}\'\n```\n\n'
-        f"{_prompt(source)} A base model without a template is asked at `/v1/completions`.\n\n"
+        f"{_prompt(source, tasks)}\n\nA base model without a template is asked at `/v1/completions`.\n\n"
         f"The server computes in {_serving_dtype(source)} and rounds the adapters, float32 here, to it: last digits, "
         f"and now and then an answer, differ from the run's.\n\n{_facts(source)}"
     )

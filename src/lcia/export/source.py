@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lcia.methods.grouping import InstructionGroups
 from lcia.results import method_name
 from lcia.run_folder import RunFolder
 from lcia.session import base_model, frozen_config
+from lcia.stream import BUILT_IN
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -36,6 +38,7 @@ class Source:
     is_stack: bool  # the one group is all adapters, summed
     router: Router | None  # None: requests are not routed by their instructions
     planned: list[str]  # the tasks that the run has when it is finished
+    examples: dict[str, int | None]  # task → in its prompts, see `prompt_examples`
     base: str  # where the base model is found: a hub id or a folder
     base_sha256: str
     is_initialised: bool  # the base is what the run's Init stage made of config.model
@@ -104,6 +107,7 @@ def open_source(run: Path) -> Source:
         is_stack=is_stack,
         router=_router(config, snapshot),
         planned=planned,
+        examples=_examples(folder, config),
         base=base,
         layout=load_layout(base, config.model),
         base_sha256=str(folder.base_sha256()),
@@ -128,6 +132,30 @@ def _planned(folder: RunFolder) -> list[str]:
         else:
             names += record["data_sha256"]
     return names
+
+
+def _examples(folder: RunFolder, config: RunConfig) -> dict[str, int | None]:
+    return {
+        task: prompt_examples(record.get("source", config.stream), task)
+        for record in folder.records("run_began", "extended")
+        for task in record["data_sha256"]
+    }
+
+
+def prompt_examples(stream: Any, task: str) -> int | None:
+    """How many examples stand in a task's prompts, which are then Super-NI's; None: plain prompts.
+
+    Args:
+        stream: as in a configuration. What a folder's tasks.json says of examples is not known.
+    """
+    count: int | None = None
+    if isinstance(stream, list):
+        count = next((entry.get("examples") for entry in stream if entry["name"] == task), None)
+    else:
+        options = stream if isinstance(stream, dict) else {"name": stream}
+        if options.get("name") == "instrdialog":
+            count = options.get("examples", signature(BUILT_IN["instrdialog"]).parameters["examples"].default)
+    return count
 
 
 def _results(folder: RunFolder, planned: list[str]) -> dict[str, Any] | None:

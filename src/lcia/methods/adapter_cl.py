@@ -37,6 +37,7 @@ from lcia.grouping import Match
 from lcia.methods.base import Method, Placement, Training
 from lcia.methods.options import number
 from lcia.methods.passes import evaluating
+from lcia.processes import count
 from lcia.stream import Row, Task
 
 _FILE = "adapter_cl.json"  # in a checkpoint inside a task: the passes counted so far
@@ -130,7 +131,7 @@ class AdapterCL(Method):
         position = torch.arange(input_ids.shape[1], device=input_ids.device)  # (L,)
         is_request = attention_mask.bool() & (position < len(position) - answers)
         for name in self._cost:
-            self._cost[name] += len(input_ids)
+            self._cost[name] += len(input_ids) * count()
         end_id = self.backbone.tokenizer.eos_token_id
         values = log_perplexity(self._model, input_ids, attention_mask, is_request, end_id)  # (B,)
         # a micro-batch has more rows, or fewer, than the others of its step: the mean is over all of them
@@ -147,8 +148,9 @@ class AdapterCL(Method):
         """
         if not self._learned:
             return None
-        # the reference answer is none of the request
-        prompts = [self.backbone.reader.encode_prompt(row).prompt for row in requests]
+        # The reference answer is none of the request. One that is longer than the model can read is told by its end.
+        longest = self.backbone.reader.positions or 0
+        prompts = [self.backbone.reader.encode_prompt(row).prompt[-longest:] for row in requests]
         by_adapter: dict[str, list[float]] = {}  # adapter → log PPL of each request
         for adapter in self._learned:
             with self.pool.active(adapter) as model, evaluating(model):

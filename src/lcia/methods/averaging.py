@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lcia.adapters.naming import key_of
 from lcia.ema import DynamicEMA
 from lcia.ema.sharding import whole
 from lcia.methods.base import Method, Training
@@ -153,7 +154,11 @@ class Averaging(Method):
 
     def adapters_changed(self, origin: Mapping[str, str]) -> None:
         known = self._importance
-        self._importance = {name: known[source] for name, source in origin.items() if source in known}
+        self._importance = {
+            name: {_of_adapter(parameter, source, name): tensor for parameter, tensor in known[source].items()}
+            for name, source in origin.items()
+            if source in known
+        }
 
     def cost(self) -> dict[str, float]:
         numbers = sum(tensor.numel() for tensors in self._importance.values() for tensor in tensors.values())
@@ -186,3 +191,8 @@ class LLaCA(Averaging):
     """Dynamic EMA on every task, one adapter, no grouping (LLaCA, arXiv 2410.10868 v1)."""
 
     name = "llaca"
+
+
+def _of_adapter(parameter: str, source: str, name: str) -> str:
+    """What a parameter of the adapter `source` is called in the adapter `name`."""
+    return ".".join(key_of(name) if part == key_of(source) else part for part in parameter.split("."))

@@ -21,6 +21,7 @@ from lcia.files import write_json
 from lcia.methods.base import Method, Training
 from lcia.methods.options import number
 from lcia.methods.passes import evaluating
+from lcia.processes import count
 from lcia.stream import Task
 
 _FILE = "lwf.json"  # in a checkpoint inside a task: the rows the teacher has seen
@@ -67,7 +68,7 @@ class LwF(Method):
         model = self._training.model
         with self._before_the_task(self._training.parameters), evaluating(model), torch.no_grad():
             old, _ = answer_logits(model, batch)  # (N, V)
-        self._rows_taught += len(batch["labels"])
+        self._rows_taught += len(batch["labels"]) * count()
         divergence = distillation(batch["answer_logits"], old, self._temperature)
         return self._weight * divergence / batch["answer_tokens"]
 

@@ -1,6 +1,7 @@
 """Which runs may be compared, and what their numbers say together.
 
-Runs of one stream, model, task order and evaluation split form an arena: only there is a comparison fair.
+Runs of one stream, model, task order and evaluation split form an arena: only there is a comparison fair. A stream with
+other options, or whose tasks have other scorers, is another one.
 Inside an arena, runs that differ in nothing but the seed form a series, and give a mean with an interval.
 Arenas that differ in nothing but the order of the tasks are also looked at together, method by method.
 """
@@ -186,6 +187,7 @@ class Arena:
     eval_split: str | None = None
     order: int | None = None  # set where one stream appears in several orders
     selection: int | None = None  # set where different tasks of one stream appear
+    data: tuple[str, ...] = ()  # key=value of each option, or scorer, in which one stream's runs on these tasks differ
 
     @property
     def title(self) -> str:
@@ -196,10 +198,11 @@ class Arena:
         return self._title("")
 
     def _title(self, order: str) -> str:
+        data = "".join(f", {part}" for part in self.data)
         selection = "" if self.selection is None else f", selection {self.selection}"
         split = f", {self.eval_split} rows" if self.eval_split not in (None, "test") else ""
         model = Path(self.model).name if Path(self.model).is_absolute() else self.model
-        return f"{self.stream or 'stream not recorded'}{selection}{order} on {model}{split}"
+        return f"{self.stream or 'stream not recorded'}{data}{selection}{order} on {model}{split}"
 
     def named(self, label: str) -> Series | None:
         return next((one for one in self.series if one.label == label), None)
@@ -243,7 +246,7 @@ def _repeats_a_seed(runs: Sequence[Run]) -> bool:
 
 
 def _label_parts(own: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> list[str]:
-    """What tells these settings from those of the same method's other series, three at most."""
+    """What tells these settings from the others, three at most."""
     known = sorted({key for values in (own, *others) for key in values})
     telling = [key for key in known if len({values.get(key) for values in (own, *others)}) > 1]
     keys = [key for key in telling if key in own] or telling
@@ -283,11 +286,23 @@ def _series_of(tasks: tuple[str, ...], by_label: Mapping[str, Sequence[Run]]) ->
     return tuple(Series(label, tuple(sorted(runs, key=lambda run: run.seed))) for label, runs in found.items() if runs)
 
 
-_Field = tuple[str | None, str, frozenset[str], str | None]  # stream, model, tasks, split
+_Field = tuple[str | None, str, frozenset[str], str | None, str]  # stream, model, tasks, split, its options and scorers
 
 
-def _field(one: Run | Arena) -> _Field:
-    return one.stream, one.model, frozenset(one.tasks), one.eval_split
+def _field(run: Run) -> _Field:
+    data = json.dumps([run.stream_options, run.scorers], sort_keys=True)
+    return run.stream, run.model, frozenset(run.tasks), run.eval_split, data
+
+
+def _data_parts(run: Run, akin: Sequence[Run]) -> tuple[str, ...]:
+    """What tells its data from those of others on the same tasks: the stream's options, and the scorers under these."""
+    alike = [other for other in akin if other.stream_options == run.stream_options]
+    options = _label_parts(run.stream_options, [other.stream_options for other in akin])
+    return (*options, *_label_parts(_scorers(run), [_scorers(other) for other in alike]))
+
+
+def _scorers(run: Run) -> dict[str, str]:
+    return {f"scorer of {task}": scorer for task, scorer in run.scorers.items()}
 
 
 def _place(item: Any, among: Iterable[Any]) -> int | None:
@@ -309,10 +324,13 @@ def arrange(runs: Sequence[Run]) -> list[Arena]:
         if (field, run.tasks) in arenas:
             continue
         akin = [other for other in runs if (other.stream, other.model) == (run.stream, run.model)]
-        order = _place(run.tasks, (other.tasks for other in akin if set(other.tasks) == field[2]))
+        on_these = [other for other in akin if set(other.tasks) == field[2]]
+        order = _place(run.tasks, (other.tasks for other in on_these))
         selection = _place(field[2], (frozenset(other.tasks) for other in akin))
-        series = _series_of(run.tasks, labelled[field])
-        arenas[field, run.tasks] = Arena(run.stream, run.model, run.tasks, series, run.eval_split, order, selection)
+        series, data = _series_of(run.tasks, labelled[field]), _data_parts(run, on_these)
+        arenas[field, run.tasks] = Arena(
+            run.stream, run.model, run.tasks, series, run.eval_split, order, selection, data
+        )
     return list(arenas.values())
 
 
@@ -344,7 +362,7 @@ def over_orders(arenas: Sequence[Arena]) -> list[OverOrders]:
     """The groups of two arenas or more."""
     fields: dict[_Field, list[Arena]] = {}
     for arena in arenas:
-        fields.setdefault(_field(arena), []).append(arena)
+        fields.setdefault(_field(arena.runs[0]), []).append(arena)
     return [OverOrders(tuple(members)) for members in fields.values() if len(members) > 1]
 
 

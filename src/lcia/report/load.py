@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lcia.errors import UserError
 from lcia.metrics import accuracy_metrics
 from lcia.report.statistics import bootstrap_matrices, percentile_interval
+from lcia.stream import BUILT_IN
 
 RESULTS = "results.json"
 TRAINING_LOG = "training_log.jsonl"
@@ -194,6 +196,26 @@ class Run(Results):
     unreadable_steps: int = 0  # lines of training_log.jsonl that a killed process left unfinished
     config_text: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
+
+    @cached_property
+    def stream_options(self) -> dict[str, str]:
+        """What the configuration says of the stream's data, less where they lie and their order: option → JSON.
+
+        Scorers are not among it: `scorers` has those in use, stated or not.
+        """
+        stream = self.config.get("stream")
+        given: dict[str, Any] = {}
+        if isinstance(stream, list):
+            for task in stream:
+                given |= {f"{key} of {task['name']}": task.get(key) for key in ("instruction", "examples")}
+        else:
+            options = stream if isinstance(stream, dict) else {"name": stream}
+            name = options.get("name")
+            if isinstance(name, str) and name in BUILT_IN:
+                known = signature(BUILT_IN[name]).parameters.values()
+                given = {option.name: option.default for option in known} | options  # a default is no other choice
+            given = {key: value for key, value in given.items() if key not in ("name", "order", "path")}
+        return {key: json.dumps(value, default=str) for key, value in given.items() if value is not None}
 
     @property
     def averages(self) -> bool:

@@ -119,14 +119,14 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def _decode(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
     """The JSON value at `start`, and where it ends; `line` is the line of `start`."""
     try:
-        return _DECODER.raw_decode(text, start)
+        return DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         line += text.count("\n", start, error.pos)
         raise UserError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcia.errors import UserError
 from lcia.stream.formats import Draft, Faults
-from lcia.stream.load import ImageFinder, read_task_file
+from lcia.stream.load import ImageFinder, read_task_file, scorable
 from lcia.stream.task_source import Found, TaskSource
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class FileState:
 
     path: str
     state: str
-    rows: int  # that can be used, as far as the file alone tells
+    rows: int  # that can be used, as far as the file and the task's scorer tell
     bad_rows: int
     problem: str | None  # why it cannot be read, or the first bad row
 
@@ -98,6 +98,7 @@ def _size(path: Path) -> int:
 
 
 def _task_state(task: TaskSource, on_bytes: Callable[[int], None], notes: list[str]) -> TaskState:
+    notes += task.notes
     images = _Images(task)
     files = []
     rows: dict[str, int] = {}
@@ -127,6 +128,8 @@ def _read(task: TaskSource, path: Path, split: str | None, notes: list[str]) -> 
         if not path.exists():
             return FileState(str(path), "missing", 0, 0, None), []
         return FileState(str(path), "unreadable", 0, 0, str(error)), []
+    if task.scorer is not None:
+        drafts = list(scorable(drafts, task.name, task.scorer, faults))
     bad = faults.found
     return FileState(str(path), "there", len(drafts), len(bad), bad[0] if bad else None), drafts
 

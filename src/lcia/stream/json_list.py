@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lcia.errors import UserError
+from lcia.stream.formats import DECODER
 
 CHUNK = 1 << 20  # characters
-_DECODER = json.JSONDecoder()
 
 
 def json_elements(path: Path) -> Iterator[tuple[int, Any]]:
@@ -76,11 +76,11 @@ def _elements(window: _Window, path: Path) -> Iterator[tuple[int, Any]]:
 def _element(window: _Window, number: int, path: Path) -> Any:
     while True:
         try:
-            value, end = _DECODER.raw_decode(window.text, window.at)
+            value, end = DECODER.raw_decode(window.text, window.at)
         except json.JSONDecodeError as error:
             if window.ended:
                 raise UserError(f"{path}: {_fault(error, number)}") from None
-        except ValueError as error:  # a number of thousands of digits
+        except ValueError as error:  # NaN, a key twice, a number of thousands of digits
             raise UserError(f"{path}: element {number}: {error}") from None
         except RecursionError:
             raise UserError(f"{path}: element {number} is nested too deeply for a row") from None

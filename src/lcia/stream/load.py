@@ -7,7 +7,7 @@ import random
 import stat
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,19 +79,22 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
     if source.scorer is not None and source.scorer not in SCORERS:
         hint = did_you_mean(source.scorer, SCORERS)
         raise UserError(f"task {source.name!r}: unknown scorer {source.scorer!r}. {hint}")
+    notes += source.notes
     faults = Faults(skip_bad_rows)
     images = ImageFinder(source)
-    drafts = list(_usable(_read(source, faults, notes), images, faults))
+    drafts = _some(_usable(_read(source, faults, notes), images, faults), source.name, faults)
+    prompts = _with_instructions if source.examples is None else _super_ni_prompts
+    drafts = prompts(drafts, source, notes)
+    scorer = source.scorer
+    if scorer is None:
+        # a split for this alone: the one that counts is made of what the scorer can read
+        splits = _split(drafts, source, images.written, seed, faults, [])
+        scorer = _choose_scorer(source.name, splits["train"], notes)
+    drafts = _some(scorable(drafts, source.name, scorer, faults), source.name, faults)
     if faults.found:
         notes.append(f"{source.name}: {len(faults.found)} rows skipped")
         notes += faults.found
-    if not drafts:
-        raise UserError(f"task {source.name!r}: no row can be used{_first(faults.found)}")
-    prompts = _with_instructions if source.examples is None else _super_ni_prompts
-    drafts = prompts(drafts, source, notes)
-    splits = _split(drafts, source, images.written, seed, notes)
-    scorer = source.scorer or _choose_scorer(source.name, splits["train"], notes)
-    _check_answers(drafts, source.name, scorer)
+    splits = _split(drafts, source, images.written, seed, faults, notes)
     instructions = tuple(dict.fromkeys(draft.instruction or "" for draft in splits["train"]))
     if len(instructions) > MANY_INSTRUCTIONS:
         notes.append(
@@ -105,8 +108,15 @@ def _load_task(source: TaskSource, seed: int, skip_bad_rows: bool, notes: list[s
     return Task(source.name, instructions, train, dev, test, scorer)
 
 
-def _first(found: list[str]) -> str:
-    return f": {found[0]}" if found else ""
+def _some(drafts: Iterator[Draft], task: str, faults: Faults) -> list[Draft]:
+    found = list(drafts)
+    if not found:
+        raise UserError(f"task {task!r}: no row can be used{_skipped(faults)}")
+    return found
+
+
+def _skipped(faults: Faults) -> str:
+    return f"; {len(faults.found)} rows skipped, the first: {faults.found[0]}" if faults.found else ""
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -298,7 +308,12 @@ def _shared_last_line(drafts: list[Draft], task: str) -> str:
 
 
 def _split(
-    drafts: list[Draft], source: TaskSource, written: Mapping[str, str], seed: int, notes: list[str]
+    drafts: list[Draft],
+    source: TaskSource,
+    written: Mapping[str, str],
+    seed: int,
+    faults: Faults,
+    notes: list[str],
 ) -> dict[str, list[Draft]]:
     task, total = source.name, len(drafts)
     stated = [draft for draft in drafts if draft.split is not None]
@@ -317,7 +332,7 @@ def _split(
         if not splits[split]:
             raise UserError(
                 f"task {task!r}: the {split} split is empty ({drafts[0].source.rsplit(':', 1)[0]}): "
-                f'mark rows with "split": "{split}", or state no split at all to have one drawn'
+                f'mark rows with "split": "{split}", or state no split at all to have one drawn{_skipped(faults)}'
             )
     sizes = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     if not stated and source.split is None:
@@ -405,17 +420,23 @@ _READS: dict[str, tuple[Callable[[str], object], str]] = {
 }
 
 
-def _check_answers(drafts: list[Draft], task: str, scorer: str) -> None:
+def scorable(drafts: Iterable[Draft], task: str, scorer: str, faults: Faults) -> Iterator[Draft]:
+    """The drafts whose answers the scorer can read."""
     if scorer not in _READS:
+        yield from drafts
         return
     read, missing = _READS[scorer]
     for draft in drafts:
-        for output in draft.outputs:
-            if read(output) is None:
-                raise UserError(
-                    f"{draft.source}: task {task!r} is scored by {scorer}, but the answer {output[:40]!r} names "
-                    f"{missing}; correct it, or set another scorer"
-                )
+        unread = next((output for output in draft.outputs if read(output) is None), None)
+        if unread is None:
+            yield draft
+            continue
+        faults.add(
+            UserError(
+                f"{draft.source}: task {task!r} is scored by {scorer}, but the answer {unread[:40]!r} names "
+                f"{missing}; correct it, or set another scorer"
+            )
+        )
 
 
 def _learned_whole(rows: tuple[Row, ...], task: str, notes: list[str]) -> tuple[Row, ...]:

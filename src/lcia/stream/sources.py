@@ -32,7 +32,7 @@ from lcia.stream.vision import vision
 
 TASK_KEYS = ("name", "path", "instruction", "scorer", "image_folder", "examples")
 _EXAMPLES = "positive_examples"  # of a task, in tasks.json
-_TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 def find(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Found:
@@ -231,7 +231,7 @@ def _by_name(name: str, root: Path) -> Path:
 def _check_names(names: Iterable[str]) -> None:
     seen: dict[str, str] = {}  # folded name: as written, for file systems that ignore case
     for name in names:
-        if not _TASK_NAME.fullmatch(name):
+        if not TASK_NAME.fullmatch(name):
             raise UserError(
                 f"task name {name!r} cannot be used: it names folders and adapters, so only A-Z a-z 0-9 _ - "
                 "(at most 100). Rename the file, or name the task in tasks.json or in the configuration."

@@ -15,7 +15,7 @@ from lcia.stream.formats import SPLIT_NAMES, SUFFIXES, Draft, Faults
 DATA = Path(__file__).parent / "data"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # train.jsonl, or the hub's shards: train-00000-of-00002.parquet
-_SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(-\d+-of-\d+)?")
+_SPLIT_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:-(\d+)-of-(\d+))?")
 _SAVED_DATASET = ("dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
 
 # The rows of one file, for the split it is for; what the user should see goes to the notes.
@@ -54,6 +54,7 @@ class TaskSource:
     at_most: Mapping[str, int] = field(default_factory=dict)  # split → rows, drawn where there are more
     every_answer: bool = False  # of a conversation is learned, not only the last one
     reader: FileReader | None = None  # of files that need more than `formats.read_file`
+    notes: tuple[str, ...] = ()  # on where it was found
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def task_at(
     """
     place = Path(path).expanduser()
     files: tuple[tuple[Path, str | None], ...] = ()
+    unread: list[str] = []
     dataset = None
     home = place
     if place.is_file():
@@ -95,6 +97,7 @@ def task_at(
         dataset = str(place)
     elif place.is_dir():
         files = _split_files(place)
+        unread = [entry.name for entry in data_files(place) if entry not in dict(files)]
     elif is_hub_id(path):
         dataset, home = path, Path()
     else:
@@ -109,6 +112,7 @@ def task_at(
         instruction=instruction,
         scorer=scorer,
         image_folders=tuple(dict.fromkeys(folders)),
+        notes=(f"{name}: data files in {place} that are not read: {', '.join(unread)}",) if unread else (),
     )
 
 
@@ -116,13 +120,11 @@ def _split_files(path: Path) -> tuple[tuple[Path, str | None], ...]:
     """The data files of a task's folder: train, dev and test by name, else data.*, else the only one."""
     inside = data_files(path)
     named = [(entry, match) for entry in inside if (match := _SPLIT_FILE.fullmatch(entry.stem))]
-    whole: dict[str, Path] = {}
+    by_split: dict[str, list[tuple[Path, re.Match[str]]]] = {}
     for entry, match in named:
-        split = SPLIT_NAMES[match[1]]
-        if match[2] is None and split in whole:
-            raise UserError(f"{path}: two files for the split {split}: {whole[split].name} and {entry.name}")
-        if match[2] is None:
-            whole[split] = entry
+        by_split.setdefault(SPLIT_NAMES[match[1]], []).append((entry, match))
+    for split, files in by_split.items():
+        _check_shards(path, split, files)
     if named:
         return tuple((entry, SPLIT_NAMES[match[1]]) for entry, match in named)
     chosen = [entry for entry in inside if entry.stem == "data"] or inside
@@ -132,6 +134,25 @@ def _split_files(path: Path) -> tuple[tuple[Path, str | None], ...]:
             f"file; found {', '.join(entry.name for entry in inside) or 'none'}"
         )
     return ((chosen[0], None),)
+
+
+def _check_shards(path: Path, split: str, files: Sequence[tuple[Path, re.Match[str]]]) -> None:
+    """Raises UserError unless the files of a split are a single one, or the shards 0…N-1 of one set."""
+    first, named = files[0]
+    name, _, count = named.groups()  # count: None of a file that is no shard
+    shards: dict[int, Path] = {}
+    for entry, match in files:
+        number = int(match[2] or 0)
+        if match.group(1, 3) != (name, count) or number in shards:
+            both = f"{shards.get(number, first).name} and {entry.name}"
+            raise UserError(f"{path}: two files for the split {split}: {both}; keep one, or the shards of one set")
+        if number >= int(count or 1):
+            raise UserError(f"{path}: {entry.name}: no such shard: {int(count)} are numbered from 0")
+        shards[number] = entry
+    missing = next((number for number in range(int(count or 1)) if number not in shards), None)
+    if missing is not None:
+        shard = f"{name}-{missing:0{len(named[2])}}-of-{count}{first.suffix}"
+        raise UserError(f"{path}: {shard} is missing, a shard of the split {split}: an incomplete download?")
 
 
 def is_split_file(path: Path) -> bool:
