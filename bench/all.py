@@ -114,12 +114,11 @@ def headline(found: dict[str, Any]) -> list[str]:
     lines.append(f"| the accuracy matrix of six tasks | the plain way | {found['matrix']['ratio']:.2f}x |")
     last = found["growth"][-1]
     lines.append(
-        f"| lists of prompts answered, {last['tasks']} tasks in {last['groups']} groups | one per cell | "
-        f"{last['cells'] / last['answered']:.2f}x fewer |"
+        f"| prompt lists answered, {last['tasks']} tasks in {last['groups']} groups | one per cell; T (T + 1) / 2 | "
+        f"{last['cells'] / last['answered']:.2f}x; {last['plain'] / last['answered']:.2f}x fewer |"
     )
-    start = found["start_up"]
-    for mine, other in (("lcia --help", "import torch, transformers, peft"), ("lcia generate", "one answer by hand")):
-        lines.append(f"| `{mine}`, the whole process | {other} | {start[other] / start[mine]:.2f}x |")
+    start, by_hand = found["start_up"], "one answer by hand"
+    lines.append(f"| `lcia generate`, the whole process | {by_hand} | {start[by_hand] / start['lcia generate']:.2f}x |")
     return lines
 
 
@@ -132,11 +131,12 @@ def page(found: dict[str, Any]) -> str:
             f"Command: `make bench`. {found['machine']}; "
             + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
             + ".",
-            "Each part was there at (UTC): "
-            + ", ".join(f"{name} {when[:16]}" for name, when in found["times"].items())
+            "Each part was there at (UTC), and of this commit: "
+            + ", ".join(f"{name} {when[:16]} {when[23:]}" for name, when in found["times"].items())
             + ".",
-            "Contenders of a part take turns, and the faster of their rounds counts. What each optimisation adds, and",
-            "the test that keeps its numbers right: [bench/README.md](../bench/README.md).",
+            "Contenders of a part take turns (of start-up one after the other), and the fastest of their rounds",
+            "counts. What each optimisation adds, and the test that keeps its numbers right:",
+            "[bench/README.md](../bench/README.md).",
             "",
             *headline(found),
             "",
@@ -145,7 +145,8 @@ def page(found: dict[str, Any]) -> str:
             "",
             f"{found['model']}, LoRA r = 16 on all linear layers, {training.ROWS} rows a step, bfloat16 base and",
             "float32 adapter, the same batches of the six tasks of the assistant stream. `eager`: with the attention",
-            "that lcia takes on a CPU; else the library's default.",
+            "that lcia takes on a CPU; else the library's default. TRL's own loss computes all positions' logits on",
+            "a CPU, on a GPU those of answers alone.",
             "",
             training.table(found["training"]),
             "",
@@ -204,6 +205,12 @@ def code() -> str:
     return hashlib.sha256(b"".join(f"{file.name}\n".encode() + file.read_bytes() for file in files)).hexdigest()
 
 
+def commit() -> str:
+    """Of the clone that these scripts lie in; empty where they lie in none."""
+    asked = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
     """Everything, one part after the other; each is in bench.part.json as soon as it is there."""
     from lcia.files import write_text
@@ -229,7 +236,9 @@ def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
             return
         began = time.monotonic()
         found[name] = part()
-        times[name] = datetime.now(UTC).isoformat(timespec="minutes")
+        if code() != found["code"]:
+            raise SystemExit(f"{name}: the code was changed while it was measured; measure a clone of it")
+        times[name] = f"{datetime.now(UTC).isoformat(timespec='minutes')} {commit()}"
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr, flush=True)
         write_text(partial, json.dumps(found, indent=1) + "\n")
 

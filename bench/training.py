@@ -13,7 +13,8 @@ command tells the allocator and oneDNN (lcia.machine) is a part of lcia's.
 A contender counts only if its float32 losses are lcia's, step by step, to 1e-4.
 
 `trainer` and `trl` take their defaults for attention (sdpa), but no autocast and no gradient checkpointing, which TRL
-would turn on; with `eager` they have lcia's attention on a CPU.
+would turn on; with `eager` they have lcia's attention on a CPU. TRL's loss computes the logits of all positions on a
+CPU, in tiles that are made again for the backward pass; on a GPU with Triton those of answer tokens alone.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -40,3 +41,17 @@ def test_losses_and_predictions_were_the_peers(found: dict[str, Any]) -> None:
     assert all(one["difference"] <= 1e-4 for one in found["training"].values())
     assert found["proof"]["plain"]["differing"] == 0
     assert all(one["changed"] == 0 for one in found["growth"])
+
+
+def test_the_readme_has_its_ratios(found: dict[str, Any]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    training = found["training"]
+    for ratio in (training["trainer"]["ratio"], training["trainer-eager"]["ratio"], found["matrix"]["ratio"]):
+        assert f"{ratio:.1f} times" in readme
+
+
+def test_lists_answered_are_counted_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T of the base model, those of a group's tasks so far whenever it has learned, and T - 1 a step ahead."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    growth = importlib.import_module("growth")
+    assert [one["answered"] for one in growth.measure(sizes=(2, 4))] == [5, 11]
