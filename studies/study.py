@@ -102,6 +102,7 @@ def _command(study: str, name: str, values: Mapping[str, Any], first_task_of: st
     if first_task_of is not None and not (folder / "config.yaml").is_file():
         _branch(run_folder(study, first_task_of), folder, values["method"])
     if (folder / "config.yaml").is_file():
+        _require_same({"config": _settings_of(folder, values)}, values, folder)
         return ("resume", str(folder))
     config = folder.with_name(f"{name}.yaml")  # not `with_suffix`: a name may hold a dot
     write_text(config, yaml.safe_dump({**values, "output_dir": str(folder)}))
@@ -111,10 +112,16 @@ def _command(study: str, name: str, values: Mapping[str, Any], first_task_of: st
 def _keep(study: str, name: str, values: Mapping[str, Any]) -> None:
     folder = run_folder(study, name)
     document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    document["config"] = dict(values)
+    document["config"] = _settings_of(folder, values)
     last = folder / "predictions" / str(len(document["tasks"]))
     document["row_scores"] = {task: _scores(last / f"{task}.jsonl") for task in document["tasks"]}
     write_text(_kept(study, name), json.dumps(document, indent=1) + "\n")
+
+
+def _settings_of(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run began with, of the keys that a study sets; of data it has where they lay then."""
+    began = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return {key: value if key in ("stream", "init_stream") else began[key] for key, value in values.items()}
 
 
 def _scores(predictions: Path) -> dict[str, float]:
