@@ -132,7 +132,7 @@ def page(found: dict[str, Any]) -> str:
             + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
             + ".",
             "Each part was there at (UTC), and of this commit: "
-            + ", ".join(f"{name} {when[:16]} {when[23:]}" for name, when in found["times"].items())
+            + ", ".join(f"{name} {when}" for name, when in found["times"].items())
             + ".",
             "Contenders of a part take turns (of start-up one after the other), and the fastest of their rounds",
             "counts. What each optimisation adds, and the test that keeps its numbers right:",
@@ -222,7 +222,7 @@ def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
         "code": code(),
         "versions": {**library_versions(), "trl": version("trl")},
     }
-    times: dict[str, str] = {}  # when each part was there
+    times: dict[str, str] = {}  # when each part was there, and of which commit
     partial = out / "bench.part.json"
     if partial.is_file():
         before = json.loads(partial.read_text(encoding="utf-8"))
@@ -238,7 +238,7 @@ def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
         found[name] = part()
         if code() != found["code"]:
             raise SystemExit(f"{name}: the code was changed while it was measured; measure a clone of it")
-        times[name] = f"{datetime.now(UTC).isoformat(timespec='minutes')} {commit()}"
+        times[name] = f"{datetime.now(UTC):%Y-%m-%dT%H:%M} {commit()}"
         print(f"{name}: {(time.monotonic() - began) / 60:.1f} minutes", file=sys.stderr, flush=True)
         write_text(partial, json.dumps(found, indent=1) + "\n")
 

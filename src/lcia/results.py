@@ -19,8 +19,18 @@ from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics
 from lcia.stream import Stream
 
-_NUMERICAL = ("torch", "transformers", "tokenizers", "peft", "accelerate", "scikit-learn", "safetensors", "pillow")
-_LIBRARIES = ("lcia", *_NUMERICAL, "rouge-score")
+_LIBRARIES = (
+    "lcia",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "scikit-learn",
+    "safetensors",
+    "pillow",
+    "rouge-score",
+)
 
 _INIT = ("tasks", "train_s", "left_out", "rounding", "trained_parameters", "peak_memory_mib")
 

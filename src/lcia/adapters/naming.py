@@ -10,3 +10,8 @@ PREFIX = "group_"
 def key_of(name: str) -> str:
     """A module's name holds no dot; an adapter's, which is a folder's, no slash."""
     return PREFIX + name.replace(".", "/")
+
+
+def in_adapter(parameter: str, source: str, name: str) -> str:
+    """What a parameter of the adapter `source` is called in the adapter `name`."""
+    return ".".join(key_of(name) if part == key_of(source) else part for part in parameter.split("."))

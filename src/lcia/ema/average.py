@@ -119,13 +119,7 @@ class DynamicEMA:
         self.examples_per_gradient = examples_per_gradient
         if "curvature" in reads:
             self._check_fisher(fisher_source, optimizer, strength, forgetting)
-            unread = {"retained": retained is not None}
-        else:
-            chosen = {"strength": strength != 1, "forgetting": forgetting is not None}
-            unread = {**chosen, "fisher_source": fisher_source != "running"}
-        for option, given in unread.items():
-            if given:
-                raise ValueError(f"rule {rule!r} does not read {option}: leave it out, or take another rule")
+        self._refuse_unread(strength, forgetting, fisher_source, retained)
         self.strength = strength
         self.forgetting = strength if forgetting is None else forgetting
         self.fisher_source = fisher_source
@@ -648,6 +642,18 @@ class DynamicEMA:
     @property
     def _moving_steps(self) -> int:
         return (self.total_steps or 1) - self.rest_steps
+
+    def _refuse_unread(self, strength: float, forgetting: float | None, source: str, retained: float | None) -> None:
+        given = {"retained": retained is not None}
+        if "curvature" not in self._rule.reads:
+            given = {
+                "strength": strength != 1,
+                "forgetting": forgetting is not None,
+                "fisher_source": source != "running",
+            }
+        unread = next((option for option, is_given in given.items() if is_given), None)
+        if unread is not None:
+            raise ValueError(f"rule {self.rule!r} does not read {unread}: leave it out, or take another rule")
 
     def _check_fisher(self, source: str, optimizer: Any, strength: float, forgetting: float | None) -> None:
         if self.total_steps is None:

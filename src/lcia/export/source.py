@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lcia.methods.grouping import InstructionGroups
 from lcia.results import method_name
 from lcia.run_folder import RunFolder
 from lcia.session import base_model, frozen_config
-from lcia.stream import BUILT_IN
+from lcia.stream.sources import stated_options
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -152,9 +151,9 @@ def prompt_examples(stream: Any, task: str) -> int | None:
     if isinstance(stream, list):
         count = next((entry.get("examples") for entry in stream if entry["name"] == task), None)
     else:
-        options = stream if isinstance(stream, dict) else {"name": stream}
+        options = stated_options(stream)
         if options.get("name") == "instrdialog":
-            count = options.get("examples", signature(BUILT_IN["instrdialog"]).parameters["examples"].default)
+            count = options["examples"]
     return count
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lcia.adapters.naming import key_of
+from lcia.adapters.naming import in_adapter
 from lcia.ema import DynamicEMA
 from lcia.ema.sharding import whole
 from lcia.methods.base import Method, Training
@@ -155,7 +155,7 @@ class Averaging(Method):
     def adapters_changed(self, origin: Mapping[str, str]) -> None:
         known = self._importance
         self._importance = {
-            name: {_of_adapter(parameter, source, name): tensor for parameter, tensor in known[source].items()}
+            name: {in_adapter(parameter, source, name): tensor for parameter, tensor in known[source].items()}
             for name, source in origin.items()
             if source in known
         }
@@ -191,8 +191,3 @@ class LLaCA(Averaging):
     """Dynamic EMA on every task, one adapter, no grouping (LLaCA, arXiv 2410.10868 v1)."""
 
     name = "llaca"
-
-
-def _of_adapter(parameter: str, source: str, name: str) -> str:
-    """What a parameter of the adapter `source` is called in the adapter `name`."""
-    return ".".join(key_of(name) if part == key_of(source) else part for part in parameter.split("."))

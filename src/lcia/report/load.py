@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lcia.errors import UserError
 from lcia.metrics import accuracy_metrics
 from lcia.report.statistics import bootstrap_matrices, percentile_interval
-from lcia.stream import BUILT_IN
+from lcia.stream.sources import stated_options
 
 RESULTS = "results.json"
 TRAINING_LOG = "training_log.jsonl"
@@ -209,12 +208,8 @@ class Run(Results):
             for task in stream:
                 given |= {f"{key} of {task['name']}": task.get(key) for key in ("instruction", "examples")}
         else:
-            options = stream if isinstance(stream, dict) else {"name": stream}
-            name = options.get("name")
-            if isinstance(name, str) and name in BUILT_IN:
-                known = signature(BUILT_IN[name]).parameters.values()
-                given = {option.name: option.default for option in known} | options  # a default is no other choice
-            given = {key: value for key, value in given.items() if key not in ("name", "order", "path")}
+            options = stated_options(stream)  # defaults too: to state one is no other choice
+            given = {key: value for key, value in options.items() if key not in ("name", "order", "path")}
         return {key: json.dumps(value, default=str) for key, value in given.items() if value is not None}
 
     @property

@@ -57,6 +57,14 @@ def find(source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -
     return found
 
 
+def stated_options(stream: Any) -> dict[str, Any]:
+    """`name` and options of a stream as a configuration states it (no list); of a built-in one with their defaults."""
+    options = dict(stream) if isinstance(stream, Mapping) else {"name": stream}
+    name = options.get("name")
+    known = inspect.signature(BUILT_IN[name]).parameters if isinstance(name, str) and name in BUILT_IN else {}
+    return {**{option.name: option.default for option in known.values()}, **options}
+
+
 def _with_options(source: Mapping[str, Any]) -> Found:
     """A built-in stream with options: {name: instrdialog, order: 2}."""
     options = dict(source)

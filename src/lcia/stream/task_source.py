@@ -96,8 +96,10 @@ def task_at(
     elif place.is_dir() and is_saved(place):
         dataset = str(place)
     elif place.is_dir():
-        files = _split_files(place)
-        unread = [entry.name for entry in data_files(place) if entry not in dict(files)]
+        inside = data_files(place)
+        files = _split_files(place, inside)
+        read = {entry for entry, _ in files}
+        unread = [entry.name for entry in inside if entry not in read]
     elif is_hub_id(path):
         dataset, home = path, Path()
     else:
@@ -116,9 +118,8 @@ def task_at(
     )
 
 
-def _split_files(path: Path) -> tuple[tuple[Path, str | None], ...]:
-    """The data files of a task's folder: train, dev and test by name, else data.*, else the only one."""
-    inside = data_files(path)
+def _split_files(path: Path, inside: Sequence[Path]) -> tuple[tuple[Path, str | None], ...]:
+    """Of the data files inside a task's folder: train, dev and test by name, else data.*, else the only one."""
     named = [(entry, match) for entry in inside if (match := _SPLIT_FILE.fullmatch(entry.stem))]
     by_split: dict[str, list[tuple[Path, re.Match[str]]]] = {}
     for entry, match in named:
