@@ -29,13 +29,13 @@ from lcia.machine import start_again_without_small_caches
 from training import by_lcia, config_of
 
 WAYS = {
-    "prefix": "what all rows of a batch begin with is computed once",
+    "packing": "a batch's tokens in one line: no padding, and what all rows begin with once",
     "logits": "logits of answer tokens alone, asked for by index",
     "lora": "LoRA added in the output's memory, scaled where it is narrow (lcia.adapters.lora)",
     "attention": "eager attention on a CPU, where fused attention's backward pass is slow in bfloat16",
 }
 ANSWERING = {
-    "prefix": WAYS["prefix"],
+    "prefix": "what all prompts of a batch begin with is computed once",
     "logits": "logits of the last token, asked for by index",
     "lora": WAYS["lora"],
     "sorting": "batches of like length",
@@ -48,18 +48,17 @@ CLOSE = 0.02  # Σ|difference| / Σ loss of all steps, up to which it is bfloat1
 
 def whole_logits(self: Any, model: Any, batch: Mapping[str, Any]) -> Any:
     """The logits of every token, of which those before an answer token are taken."""
-    from lcia.backbone.layout import IGNORED, _behind
+    from lcia.backbone import packing
+    from lcia.backbone.layout import IGNORED
 
-    cache = self._prefix(model, batch)
-    mask, shared = _behind(cache, batch)
-    length = batch["input_ids"].shape[1] - shared
-    logits = model(
-        input_ids=batch["input_ids"][:, -length:],
-        attention_mask=mask,
-        position_ids=batch["position_ids"][:, -length:],
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).logits[:, -batch["labels"].shape[1] :]
+    packed = self._packed(model, batch)
+    if packed is not None:
+        ids, positions = packed.line_of(batch["input_ids"]), packed.line_of(batch["position_ids"])
+        with packing.passing(model, packed) as mask:
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        return logits[0, packed.before_answers].float(), packed.targets
+    passed = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    logits = model(**passed, use_cache=False).logits[:, -batch["labels"].shape[1] :]
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED
     return logits[:, :-1][kept].float(), targets[kept]
@@ -84,8 +83,8 @@ def without(name: str, replacement: Callable[..., Any]) -> Iterator[None]:
 def train(off: set[str], steps: int, model: str) -> dict[str, Any]:
     with contextlib.ExitStack() as changed, tempfile.TemporaryDirectory() as folder:
         config = config_of(Path(folder), steps, "bfloat16", model)
-        if "prefix" in off:
-            changed.enter_context(without("lcia.backbone.prefix.of_batch", lambda *_: None))
+        if "packing" in off:
+            changed.enter_context(without("lcia.backbone.packing.of_batch", lambda *_: None))
         if "logits" in off:
             changed.enter_context(without("lcia.backbone.layout.DecoderOnly.answer_logits", whole_logits))
         if "lora" in off:

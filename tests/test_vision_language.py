@@ -25,7 +25,7 @@ from lcia import run
 from lcia.adapters import AdapterPool, find_projector, language_targets
 from lcia.adapters.projector import PROJECTOR_FILE, Projectors
 from lcia.answering import answer_requests
-from lcia.backbone import Backbone, answer_logits, load_backbone, prefix
+from lcia.backbone import Backbone, answer_logits, load_backbone, packing, prefix
 from lcia.backbone.loading import weights_sha256
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
@@ -140,6 +140,9 @@ def test_the_text_before_the_first_image_is_read_once(models: dict[str, Path], s
     assert cache is not None
     text = backbone.reader.encode(rows[0]).text
     assert cache.get_seq_length() == len(backbone.tokenizer(text[: text.index(IMAGE)])["input_ids"])
+    packed = packing.of_batch(backbone.model, batch, backbone.model.config.image_token_id)
+    assert packed is not None
+    assert packed.shared == cache.get_seq_length()
     logits, _ = answer_logits(backbone.model, batch)
     alone = [answer_logits(backbone.model, backbone.reader.collate([backbone.reader.encode(row)]))[0] for row in rows]
     torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from lcia import processes
-from lcia.backbone import BUILT_IN, cache_dir, prefix, resolve_paths
+from lcia.backbone import BUILT_IN, cache_dir, packing, prefix, resolve_paths
 from lcia.machine import KERNELS_KEPT, has_glibc, joins_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
@@ -52,7 +52,8 @@ def examine() -> Findings:
         "attention": paths["attn_implementation"]
         + (": fused attention's bfloat16 backward pass is slow on a CPU" if device.type == "cpu" else ": fused"),
         "logits": "of answer tokens alone; the vocabulary's matrix is not multiplied with the prompt",
-        "batch beginnings": _beginnings(device),
+        "training batches": _lines(),
+        "prompts' beginnings": _beginnings(device),
         "LoRA": "added in the memory of a layer's output (plain linear layers; others as PEFT does)",
         "prompts": f"identical ones once, batches of like length, and in a batch again where it saves {_saved(device)}",
         "answers": f"{_kept_answers()} kept in the cache, by weights, prompts and decoding; a run waits for "
@@ -86,13 +87,21 @@ def _freed_memory() -> str:
     return "what lies in glibc's caches of small pieces leaves gaps (the command `lcia` starts without them)"
 
 
+def _lines() -> str:
+    return (
+        "in one line, without padding, and what all rows begin with once (for each row with dropout), where that "
+        f"saves {packing.LEAST_SHARE:.0%} of a batch's tokens (not with windowed or flash attention, "
+        "activation checkpointing, encoder-decoders, rows with weights of their own; of models with images: LLaVA's)"
+    )
+
+
 def _beginnings(device: torch.device) -> str:
     where = f"where it saves {prefix.LEAST_SHARE:.0%} of a batch's tokens"
     if device.type == "cuda":
         where += f" and {prefix.LEAST_ON_GPU:,}"
     return (
-        f"computed once for all rows {where} (not with dropout, windowed attention, activation checkpointing, FSDP2, "
-        "encoder-decoders, rows with weights of their own; of models with images: LLaVA's)"
+        f"computed once for all rows {where} (not with windowed attention, encoder-decoders, rows with weights of "
+        "their own; of models with images: LLaVA's)"
     )
 
 

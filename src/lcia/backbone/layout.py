@@ -9,7 +9,7 @@ Shapes: B rows, L padded tokens, P padded prompt tokens, A padded answer tokens 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from transformers import (
     DynamicCache,
 )
 
-from lcia.backbone import prefix
+from lcia.backbone import packing, prefix
 from lcia.backbone.chat import IGNORED, Encoded
 
 Batch = Mapping[str, torch.Tensor]
@@ -82,24 +82,33 @@ class DecoderOnly(Layout):
     peft_task = "CAUSAL_LM"
 
     def answer_logits(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits are computed for the right edge only: prompt positions have no loss, and the vocabulary projection
-        is a large part of a small model's step. What all prompts begin with is computed once.
+        """Logits are computed for the answers only: prompt positions have no loss, and the vocabulary projection
+        is a large part of a small model's step. What all prompts begin with is computed once, and no padding.
         """
+        inner = extract_model_from_parallel(model)
+        packed = self._packed(inner, batch)
+        if packed is not None:
+            with packing.passing(inner, packed) as mask:
+                logits = model(
+                    input_ids=packed.line_of(batch["input_ids"]),
+                    attention_mask=mask,
+                    position_ids=packed.line_of(batch["position_ids"]),
+                    logits_to_keep=packed.before_answers,
+                    use_cache=False,
+                    **self._shown(batch, packed.line_of),
+                ).logits  # (1, N, V)
+            return logits[0].float(), packed.targets
         labels, mask = batch["labels"], batch["attention_mask"]  # (B, A), (B, L)
-        cache = self._prefix(model, batch)
-        mask, shared = _behind(cache, batch)
-        length = batch["input_ids"].shape[1] - shared
         # As indices, not as a number: what a slice leaves is not contiguous, and torch's product of that with the
         # vocabulary matrix copies the matrix once per row.
-        answers = torch.arange(length - labels.shape[1], length, device=labels.device)
+        answers = torch.arange(mask.shape[1] - labels.shape[1], mask.shape[1], device=labels.device)
         logits = model(
-            input_ids=batch["input_ids"][:, -length:],
+            input_ids=batch["input_ids"],
             attention_mask=mask,
             logits_to_keep=answers,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **self._positions(batch["position_ids"][:, -length:]),
-            **self._shown(batch, length),
+            use_cache=False,
+            **self._positions(batch["position_ids"]),
+            **self._shown(batch, lambda values: values),
         ).logits  # (B, A, V)
         targets = labels[:, 1:]
         kept = targets != IGNORED
@@ -122,13 +131,17 @@ class DecoderOnly(Layout):
             max_new_tokens=max_new_tokens,
             past_key_values=cache,
             logits_to_keep=torch.tensor([-1], device=ids.device),  # as indices: see `answer_logits`
-            **self._shown(batch, ids.shape[1]),
+            **self._shown(batch, lambda values: values[:, -ids.shape[1] :]),
             **options,
         )
         return output[:, ids.shape[1] :]
 
+    def _packed(self, model: Any, batch: Batch) -> packing.Packed | None:
+        """A training batch in one line, where that pays."""
+        return packing.of_batch(model, batch)
+
     def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
-        """What all rows begin with, computed once."""
+        """What all prompts begin with, computed once."""
         return prefix.of_batch(model, batch)
 
     def _filled(
@@ -141,8 +154,8 @@ class DecoderOnly(Layout):
         """The positions that the model is told."""
         return {"position_ids": position_ids}
 
-    def _shown(self, batch: Batch, length: int) -> dict[str, torch.Tensor]:
-        """What the model is given beside its tokens, for the last `length` of them."""
+    def _shown(self, batch: Batch, passed: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model is given beside its tokens; of what each token has (B, L, ...), what `passed` takes."""
         return {}
 
     def length(self, encoded: Encoded) -> int:
@@ -204,6 +217,9 @@ class VisionLanguage(DecoderOnly):
     models = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     sees = True
 
+    def _packed(self, model: Any, batch: Batch) -> packing.Packed | None:
+        return packing.of_batch(model, batch, model.config.image_token_id) if _reads_forward(model.config) else None
+
     def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
         """What stands before the first image."""
         config = extract_model_from_parallel(model).config
@@ -212,13 +228,13 @@ class VisionLanguage(DecoderOnly):
     def _filled(
         self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
     ) -> DynamicCache | None:
-        has_images = bool(self._shown(batch, ids.shape[1]))
+        has_images = bool(self._shown(batch, lambda values: values))
         reads_forward = _reads_forward(extract_model_from_parallel(model).config)
         return cache if has_images or not reads_forward else super()._filled(model, batch, ids, mask, cache)
 
-    def _shown(self, batch: Batch, length: int) -> dict[str, torch.Tensor]:
+    def _shown(self, batch: Batch, passed: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
-            name: values if values.shape[:2] != batch["attention_mask"].shape else values[:, -length:]
+            name: values if values.shape[:2] != batch["attention_mask"].shape else passed(values)
             for name, values in batch.items()
             if name not in _TEXT | _OF_THE_LOSS
         }

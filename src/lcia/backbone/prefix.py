@@ -1,8 +1,8 @@
-"""Keys and values computed before the rest of a batch, so that fewer tokens pass through the model.
+"""Keys and values computed before the rest of a batch of prompts, so that fewer tokens pass through the model.
 
-What all rows begin with is computed once: the chat template's first lines are half of a short row. Keys and values of
-the shared tokens are the same in every row (a token sees only what stands before it), so one row's serve all; gradients
-flow back through them. Of prompts to be answered, those of like length are passed together, not padded to the longest.
+What all prompts begin with is computed once: the chat template's first lines are half of a short one. Keys and values
+of the shared tokens are the same in every row (a token sees only what stands before it), so one serves all. Prompts
+of like length are passed together, not padded to the longest. For training batches see `packing`.
 
 Shapes: B rows, L padded tokens, P tokens of the prefix, W of the longest row behind it.
 """
@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -24,34 +23,37 @@ LEAST_ON_CPU = 64  # tokens that another pass over some of a batch's prompts mus
 LEAST_ON_GPU = 2048  # tokens that any other pass must save: there one over few tokens costs its kernel launches
 
 
+def shared_tokens(batch: Mapping[str, torch.Tensor], before: int | None = None) -> torch.Tensor:
+    """(P,): the tokens that all prompts of a batch from `collate` begin with; the last of a prompt is none of them.
+
+    Args:
+        before: a token that is not shared, and what follows it neither.
+    """
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    lengths = mask.sum(dim=1)
+    prompts = lengths - ((labels >= 0).cumsum(dim=1) > 0).sum(dim=1)  # an answer begins at its first label
+    most = int(prompts.min()) - 1  # a prompt's last token predicts the first one of the answer: it stays in its row
+    columns = (ids.shape[1] - lengths)[:, None] + torch.arange(max(most, 0), device=ids.device)
+    first = ids.gather(1, columns)  # (B, most)
+    same = (first == first[:1]).all(dim=0) & (first[0] != (-1 if before is None else before))
+    return first[0, : int(same.long().cumprod(dim=0).sum())]
+
+
 def of_batch(
     model: torch.nn.Module, batch: Mapping[str, torch.Tensor], before: int | None = None
 ) -> DynamicCache | None:
-    """The cache of the tokens that all rows of a batch from `collate` begin with, once per row.
+    """The cache of the tokens that all prompts of a batch from `collate` begin with, once per row.
 
     Args:
-        before: a token that is none of the prefix, and what follows it neither.
+        before: as `shared_tokens` takes it.
 
     Returns:
         None where they share too little, or where going on from a cache would make a difference.
     """
-    model = extract_model_from_parallel(model)  # DDP counts the passes through its own forward
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    rows, length = ids.shape
-    if "query" in batch:
-        return None  # each row may have weights of its own
-    if rows == 1 or is_sharding() or _is_random(model):
-        return None  # sharded weights are put together for one forward pass per step
-    if model.training and model.is_activation_checkpointing:
-        return None  # layers are computed again without a cache
-    lengths = mask.sum(dim=1)
-    prompts = lengths - ((labels >= 0).cumsum(dim=1) > 0).sum(dim=1)  # an answer begins at its first label
-    most = int(prompts.min()) - 1  # a prompt's last token predicts the first one of the answer: it stays in its row
-    columns = (length - lengths)[:, None] + torch.arange(max(most, 0), device=ids.device)
-    first = ids.gather(1, columns)  # (B, most)
-    same = (first == first[:1]).all(dim=0) & (first[0] != (-1 if before is None else before))
-    shared = int(same.long().cumprod(dim=0).sum())
-    return _cache(model, first[:1, :shared], rows, int(lengths.sum()))
+    rows = len(batch["input_ids"])
+    if "query" in batch or rows == 1 or is_sharding():
+        return None  # rows may have weights of their own; sharded ones are put together for one pass
+    return _cache(model, shared_tokens(batch, before)[None], rows, int(batch["attention_mask"].sum()))
 
 
 def _cache(model: torch.nn.Module, prefix: torch.Tensor, rows: int, tokens: int) -> DynamicCache | None:
@@ -59,7 +61,7 @@ def _cache(model: torch.nn.Module, prefix: torch.Tensor, rows: int, tokens: int)
     saved = (rows - 1) * prefix.shape[1]
     if saved < LEAST_SHARE * tokens or (prefix.is_cuda and saved < LEAST_ON_GPU):
         return None
-    if not _goes_on_from_caches(model):
+    if not sees_all_before(model):
         return None
     cache = DynamicCache(config=model.config)
     model(
@@ -94,7 +96,7 @@ def of_prompts(
     width = ids.shape[1] - 1 - first
     lengths = (mask[:, first:-1].sum(dim=1)).tolist()  # own tokens that are passed now
     parts = _of_like_length(lengths, LEAST_ON_GPU if ids.is_cuda else LEAST_ON_CPU)
-    if len(parts) == 1 or is_sharding() or not _goes_on_from_caches(model):
+    if len(parts) == 1 or is_sharding() or not sees_all_before(model):
         return None
     filled: list[tuple[torch.Tensor, int, DynamicCache]] = []
     for part in parts:
@@ -150,9 +152,9 @@ def _of_like_length(lengths: list[int], least: int) -> list[list[int]]:
     return cut(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
-def _goes_on_from_caches(model: Any) -> bool:
-    """Windows and recurrent states forget: such layers are not gone on with from keys and values alone. Nor are keys
-    whose rotation follows the longest position of the pass in which they are made.
+def sees_all_before(model: Any) -> bool:
+    """Whether a token sees all tokens before it as they are. Windows and recurrent states forget: such layers are not
+    gone on with from keys and values alone. Nor are keys whose rotation follows the longest position of their pass.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if {"dynamic", "longrope"} & {str(rope.get("rope_type")), *(str(one.get("rope_type")) for one in _nested(rope))}:
@@ -166,7 +168,7 @@ def _nested(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [one for one in rope.values() if isinstance(one, Mapping)]
 
 
-def _is_random(model: Any) -> bool:
+def is_random(model: Any) -> bool:
     """Dropout must draw for every row of its own."""
     if not model.training:
         return False

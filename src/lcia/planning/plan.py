@@ -6,10 +6,9 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import torch
 from transformers import AutoConfig, TrainingArguments
@@ -30,6 +29,7 @@ from lcia.planning.rehearsal import Batches, Rehearsal, StageRehearsed, deeper, 
 from lcia.planning.timing import Measured, measure_steps
 from lcia.progress import Reporter
 from lcia.results import method_name
+from lcia.seeds import stable_seed
 from lcia.session import check_lengths, check_target_modules, load_run_stream
 from lcia.stream import Row, Stream, Task
 
@@ -92,12 +92,13 @@ class Moment:
 
 @dataclass(frozen=True)
 class Batch:
-    """The longest one."""
+    """The one with most tokens, padded ones included."""
 
     task: str
     rows: int
     longest: int  # tokens of prompt and answer; of a batch to be answered, of the prompt
     tokens: int  # padded ones included
+    own: int  # padded ones not included
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,10 @@ def plan_run(
     rows = _Rows(config, backbone)
     rows.count([row for task in stream for row in (*task.train, *_answered(task, config))], reporter)
     method = build_method(config.method_parts())
-    train, train_batch = _longest_training(stream, method, rows, config)
+    train, fullest, train_batch = _largest_training(stream, method, rows, config, gpus or 1)
     test, eval_batch = _longest_answered(stream, rows, backbone, config)
     weights = _weights(backbone)
-    found, how = _rehearsed(config, backbone, stream, Batches(train, test), rows, device, gpus or 1, reporter)
+    found, how = _rehearsed(config, backbone, stream, Batches(train, fullest, test), rows, device, gpus or 1, reporter)
     libraries = _resident() if device == "cpu" else None
 
     stages = _stages(found, config, gpus or 1, rows)
@@ -303,9 +304,9 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     rows.count([row for task in stream for row in task.train], reporter)
     weights = _weights(backbone)
     method = build_method(own.method_parts())
-    train, batch = _longest_training(stream, method, rows, own)
+    train, fullest, batch = _largest_training(stream, method, rows, own, gpus or 1)
     assert batch is not None  # of a stream without tasks, which is refused before
-    found, _ = _rehearsed(own, backbone, stream, Batches(train, ()), rows, device, gpus or 1, reporter)
+    found, _ = _rehearsed(own, backbone, stream, Batches(train, fullest, ()), rows, device, gpus or 1, reporter)
     stages = _stages(found, own, gpus or 1, rows)
     plan = InitPlan(
         tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
@@ -356,33 +357,41 @@ class _Rows:
         return self._layout.fits(self.lengths(row).prompt, self.lengths(row).answer, self._config)
 
 
-def _longest_training(
-    stream: Stream, method: Combined, rows: _Rows, config: RunConfig
-) -> tuple[list[Row], Batch | None]:
-    """The rows of the micro-batch with most tokens, padded ones included: the longest of a stage, and the one least
-    like it among them, since what all rows of a batch begin with is computed once.
+def _largest_training(
+    stream: Stream, method: Combined, rows: _Rows, config: RunConfig, processes: int
+) -> tuple[list[Row], list[Row], Batch | None]:
+    """Of as many micro-batches as are learned, drawn as they are: the rows of the one with most tokens, padded ones
+    included, of the one with most of its own, and what the first is. Which takes more memory depends on how a batch is
+    passed through the model (lcia.backbone.packing).
     """
-
-    def total(row: Row) -> int:
-        return rows.lengths(row).total
-
-    found: list[tuple[list[Row], Batch]] = []
+    arguments = _arguments(config)
+    size = arguments.per_device_train_batch_size
+    padded: tuple[list[Row], Batch | None] = [], None
+    full: tuple[list[Row], int] = [], 0
     for stage in method.schedule(list(stream)):
-        fitting = sorted((row for task in stage for row in task.train if rows.fits(row)), key=total, reverse=True)
-        longest, *others = fitting[: config.per_device_train_batch_size]
-        chosen = [longest, min(fitting, key=partial(_alike, longest)), *others[:-1]] if others else [longest]
-        found.append((chosen, _batch("+".join(task.name for task in stage), chosen, total)))
-    return max(found, key=lambda batch: batch[1].tokens, default=([], None))
-
-
-def _alike(one: Row, other: Row) -> int:
-    """Characters that two prompts have in common at their beginnings."""
-    texts = ["\n".join(text for _, text in row.messages) for row in (one, other)]
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*texts, strict=False)))
+        name = "+".join(task.name for task in stage)
+        fitting = [row for task in stage for row in task.train if rows.fits(row)]
+        lengths = np.array([rows.lengths(row).total for row in fitting])
+        draw = np.random.default_rng(stable_seed(config.seed, name, "plan"))
+        steps = _steps(len(fitting), len(stage), arguments, config, processes)
+        left = steps * arguments.gradient_accumulation_steps * processes
+        while left > 0 and fitting:
+            order = draw.permutation(len(fitting))
+            micro = [order[start : start + size] for start in range(0, len(order), size)][:left]
+            left -= len(micro)
+            most = max(micro, key=lambda chosen: len(chosen) * lengths[chosen].max())
+            chosen = [fitting[i] for i in sorted(most, key=lambda i: -lengths[i])]
+            batch = _batch(name, chosen, lambda row: rows.lengths(row).total)
+            if padded[1] is None or batch.tokens > padded[1].tokens:
+                padded = chosen, batch
+            most = max(micro, key=lambda chosen: lengths[chosen].sum())
+            if lengths[most].sum() > full[1]:
+                full = [fitting[i] for i in most], int(lengths[most].sum())
+    return padded[0], full[0], padded[1]
 
 
 def _longest_answered(stream: Stream, rows: _Rows, backbone: Backbone, config: RunConfig) -> tuple[list[Row], Batch]:
-    """The same of the batches that are answered together: rows of like length, the shortest first."""
+    """The rows of the batch with most tokens, padded ones included: those of like length are answered together."""
 
     def prompt(row: Row) -> int:
         return rows.lengths(row).prompt
@@ -404,7 +413,7 @@ def _longest_answered(stream: Stream, rows: _Rows, backbone: Backbone, config: R
 
 def _batch(task: str, rows: Sequence[Row], size: Callable[[Row], int]) -> Batch:
     longest = max(size(row) for row in rows)
-    return Batch(task, len(rows), longest, len(rows) * longest)
+    return Batch(task, len(rows), longest, len(rows) * longest, sum(size(row) for row in rows))
 
 
 def _task(task: Task, found: Rehearsal, rows: _Rows, eval_rows: int) -> TaskPlan:
@@ -423,13 +432,22 @@ def _task(task: Task, found: Rehearsal, rows: _Rows, eval_rows: int) -> TaskPlan
     )
 
 
-def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows) -> tuple[StagePlan, ...]:
+def _arguments(config: RunConfig) -> TrainingArguments:
     values = {"report_to": "none", **config.training_arguments()}
-    arguments = TrainingArguments(output_dir=config.output_dir, **values)
+    return TrainingArguments(output_dir=config.output_dir, **values)
+
+
+def _steps(rows: int, tasks: int, arguments: TrainingArguments, config: RunConfig, processes: int) -> int:
+    """Optimizer steps of a stage."""
+    limit = config.max_steps * tasks if config.max_steps > 0 else -1
+    return optimizer_steps(rows, arguments, limit, processes)
+
+
+def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows) -> tuple[StagePlan, ...]:
+    arguments = _arguments(config)
 
     def steps(stage: StageRehearsed) -> int:
-        limit = config.max_steps * len(stage.tasks) if config.max_steps > 0 else -1
-        return optimizer_steps(len(stage.rows), arguments, limit, processes)
+        return _steps(len(stage.rows), len(stage.tasks), arguments, config, processes)
 
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
 
@@ -446,11 +464,11 @@ def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows)
 
 
 def _flops(found: Rehearsal, stages: Sequence[StagePlan], longest: Batch, processes: int) -> int:
-    """Of all training, at the rate per token of the longest micro-batch: attention grows with length.
+    """Of all training, at the rate of the longest micro-batch per token of its own: attention grows with length.
 
     What a step does once is done by every process (docs/concepts/processes.md).
     """
-    passes = found.flops / longest.tokens * sum(stage.tokens for stage in stages)
+    passes = found.flops / longest.own * sum(stage.tokens for stage in stages)
     once = sum(stage.steps * part.flops_once for stage, part in zip(stages, found.stages, strict=True))
     return round(passes + once * processes)
 
@@ -531,7 +549,7 @@ def _devices(
     if gpus == 1:
         return Devices(1, Moment.of(found.training), None)
     trained = FP32 * found.trained
-    shared = {part: size // gpus if part in SHARDED else size for part, size in found.sharded.items()}
+    shared = {part: size // gpus if part in SHARDED else size for part, size in found.training.items()}
     gathered = {GATHERED: 2 * (weights.layer + trained // weights.depth) + weights.outside}
     seeing = [{bool(row.images) for row in stage.rows} for stage in found.stages]
     works_sharded = (

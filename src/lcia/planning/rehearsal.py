@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import EncoderDecoderCache, Trainer, TrainingArguments
 
 from lcia.adapters import Pool
-from lcia.backbone import Backbone, answer_logits, prefix
+from lcia.backbone import Backbone, answer_logits
 from lcia.config import RunConfig
 from lcia.evaluation import Decoding, generate_answers
 from lcia.methods import Combined, Method, Placement, Training, build_method
@@ -57,7 +56,6 @@ class Rehearsal:
     optimizer: int = 0  # states of the optimizer, for one adapter
     training: Bytes = field(default_factory=dict)  # all parts, when their sum is largest
     flops: int = 0  # floating-point operations of the passes of the longest micro-batch
-    sharded: Bytes = field(default_factory=dict)  # the same, no beginnings of rows shared: FSDP2 cannot
     closing: Bytes = field(default_factory=dict)  # the same, when a task is closed
     evaluating: Bytes = field(default_factory=dict)
 
@@ -71,7 +69,8 @@ class Rehearsal:
 class Batches:
     """The rows that take the most memory."""
 
-    train: Sequence[Row]  # a micro-batch
+    train: Sequence[Row]  # the micro-batch with most tokens, padded ones included; its longest row is the first
+    fullest: Sequence[Row]  # the one with most tokens of its own
     test: Sequence[Row]  # answered together; none where nothing is measured
 
 
@@ -91,7 +90,7 @@ def rehearse(
         backbone: on `meta`, or a real one on the CPU.
         fits: whether a training row is within the run's lengths; others are left out.
         device: cpu | cuda, where the run would be.
-        processes: of a training; of several, training without shared beginnings is looked at, too.
+        processes: of a training.
         on_stage: is told of every stage that begins.
     """
     on_meta = backbone.model.device.type == "meta"
@@ -158,10 +157,8 @@ class _Run:
             heaviest += [one for one in learned if not one[1].is_new][-1:]
         for task, placement in heaviest:
             on_stage(f"{task.name}, the longest batch")
-            found.training = _larger(found.training, self._train(task, placement))
-            if self.processes > 1:
-                with patch.object(prefix, "of_batch", lambda *arguments: None):
-                    found.sharded = _larger(found.sharded, self._train(task, placement))
+            for rows in (self.batches.train, self.batches.fullest):
+                found.training = _larger(found.training, self._train(task, placement, rows))
         return found
 
     # --- learning
@@ -189,9 +186,9 @@ class _Run:
         found.stages.append(StageRehearsed(tuple(names), placement, rows, size, flops_once))
         return placement
 
-    def _train(self, task: Task, placement: Placement) -> Bytes:
-        """A stage again, behind all others: a step on the longest batch, when the optimizer has its states."""
-        with self._begun(task, placement, self.batches.train) as (parameters, optimizer):
+    def _train(self, task: Task, placement: Placement, rows: Sequence[Row]) -> Bytes:
+        """A stage again, behind all others: a step on one of the largest batches, when the optimizer has its states."""
+        with self._begun(task, placement, rows) as (parameters, optimizer):
             with self.live.part(OPTIMIZER):
                 for weights in parameters.values():
                     weights.grad = torch.zeros_like(weights)
@@ -199,7 +196,7 @@ class _Run:
                 optimizer.zero_grad()
             gc.collect()
             self.live.forget_peak()
-            self._step(self.batches.train, parameters, optimizer)
+            self._step(rows, parameters, optimizer)
         return dict(self.live.at_peak)
 
     @property
@@ -340,7 +337,6 @@ def deeper(first: Rehearsal, second: Rehearsal, more: float) -> Rehearsal:
         optimizer=numbers["optimizer"],
         training=line(first.training, second.training),
         flops=numbers["flops"],
-        sharded=line(first.sharded, second.sharded),
         closing=line(first.closing, second.closing),
         evaluating=line(first.evaluating, second.evaluating),
     )
