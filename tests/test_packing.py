@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.functional import cross_entropy
-from transformers import BloomConfig, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import (
+    BloomConfig,
+    DeepseekV3Config,
+    DogeConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    ModernBertDecoderConfig,
+    PretrainedConfig,
+)
 
 from lcia.adapters.experts import LoraExperts
 from lcia.backbone import answer_loss, collate, packing
@@ -54,6 +63,38 @@ def test_loss_and_gradients_are_those_of_the_rows_one_by_one(name: str, attentio
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     for mine, plain in zip(together, right, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DeepseekV3Config(  # keys and values of unlike sizes
+            **SHAPE,
+            num_key_value_heads=4,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=6,
+            first_k_dense_replace=2,
+        ),
+        GptOssConfig(  # sinks
+            **SHAPE,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            layer_types=["full_attention"] * 2,
+            sliding_window=64,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+    ],
+)
+def test_kinds_of_attention_stay_what_they_are(config: PretrainedConfig) -> None:
+    model, batch = model_of(config, "eager").eval(), collate(ROWS, pad_id=0)
+    assert packing.of_batch(model, batch) is not None
+    loss = answer_loss(model, batch, TOKENS).item()
+    assert loss == pytest.approx(alone(model, ROWS)[0], rel=1e-5)
 
 
 def test_under_autocast_a_line_is_what_its_rows_are() -> None:
@@ -104,6 +145,10 @@ def test_answers_between_which_nothing_is_learned_are_those_of_the_rows() -> Non
         MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=4),  # a token does not see all before it
         LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
         BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4),  # attention of its own
+        DogeConfig(**SHAPE, num_key_value_heads=2),  # its layers hide keys, too
+        ModernBertDecoderConfig(
+            **{**SHAPE, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2}, layer_types=["full_attention"] * 2
+        ),
     ],
 )
 def test_a_model_whose_attention_cannot_be_laid_out_is_given_rows(config: PretrainedConfig) -> None:
@@ -157,3 +202,20 @@ def test_batches_of_which_little_would_be_saved_stay_as_they_are() -> None:
     assert (packed.shared, packed.width, len(packed.places)) == (0, 30, 5 * 30 + 2)
     asked = {**collate(uneven, pad_id=0), "query": torch.zeros(6, 3)}  # rows may have weights of their own
     assert packing.of_batch(model, asked) is None
+
+
+def test_a_prompt_without_a_token_stays_in_its_own_row() -> None:
+    """Its first answer token is predicted by nothing, and by no other row."""
+    model = model_of(CONFIGS["llama"])
+    rows = [Encoded((20, 21, 22, 23), (30, 31)), Encoded((), (32, 33, 34))]
+    logits, _ = DECODER_ONLY.answer_logits(model, collate(rows, pad_id=0))
+    others = [Encoded((24, 25, 26, 27), (40, 41)), rows[1]]
+    again, _ = DECODER_ONLY.answer_logits(model, collate(others, pad_id=0))
+    torch.testing.assert_close(logits[2:], again[2:])
+
+
+def test_noise_in_embeddings_is_that_of_rows() -> None:
+    model, batch = model_of(CONFIGS["llama"]), collate(ROWS, pad_id=0)
+    model.get_input_embeddings().neftune_noise_alpha = 5.0  # as transformers' Trainer does
+    assert packing.of_batch(model.train(), batch) is None
+    assert packing.of_batch(model.eval(), batch) is not None

@@ -138,11 +138,17 @@ class DecoderOnly(Layout):
 
     def _packed(self, model: Any, batch: Batch) -> packing.Packed | None:
         """A training batch in one line, where that pays."""
-        return packing.of_batch(model, batch)
+        reads_forward, before = self._shares(model.config)
+        return packing.of_batch(model, batch, before) if reads_forward else None
 
-    def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
+    def _prefix(self, model: Any, batch: Batch) -> DynamicCache | None:
         """What all prompts begin with, computed once."""
-        return prefix.of_batch(model, batch)
+        reads_forward, before = self._shares(model.config)
+        return prefix.of_batch(model, batch, before) if reads_forward else None
+
+    def _shares(self, config: Any) -> tuple[bool, int | None]:
+        """Whether no token sees one behind it, and the token that rows do not share, nor what follows it."""
+        return True, None
 
     def _filled(
         self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
@@ -217,19 +223,15 @@ class VisionLanguage(DecoderOnly):
     models = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     sees = True
 
-    def _packed(self, model: Any, batch: Batch) -> packing.Packed | None:
-        return packing.of_batch(model, batch, model.config.image_token_id) if _reads_forward(model.config) else None
-
-    def _prefix(self, model: torch.nn.Module, batch: Batch) -> DynamicCache | None:
-        """What stands before the first image."""
-        config = extract_model_from_parallel(model).config
-        return prefix.of_batch(model, batch, config.image_token_id) if _reads_forward(config) else None
+    def _shares(self, config: Any) -> tuple[bool, int | None]:
+        """What stands before the first image; some models let the tokens of a prompt see each other."""
+        return config.model_type == "llava", config.image_token_id
 
     def _filled(
         self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
     ) -> DynamicCache | None:
         has_images = bool(self._shown(batch, lambda values: values))
-        reads_forward = _reads_forward(extract_model_from_parallel(model).config)
+        reads_forward, _ = self._shares(model.config)
         return cache if has_images or not reads_forward else super()._filled(model, batch, ids, mask, cache)
 
     def _shown(self, batch: Batch, passed: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -238,11 +240,6 @@ class VisionLanguage(DecoderOnly):
             for name, values in batch.items()
             if name not in _TEXT | _OF_THE_LOSS
         }
-
-
-def _reads_forward(config: Any) -> bool:
-    """Of models that see: whether it is known. Some let the tokens of a prompt see each other."""
-    return bool(config.model_type == "llava")
 
 
 class GridVisionLanguage(VisionLanguage):

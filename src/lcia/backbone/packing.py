@@ -4,8 +4,8 @@ Linear layers, norms and embeddings do not mind where a row ends; they are most 
 the line is laid out in rows, which see what all of them begin with, and themselves. Gradients flow back to the shared
 tokens from every row.
 
-Shapes: B rows, L padded tokens, P tokens that all rows begin with, W own tokens of the longest row, N tokens in the
-line, A answer tokens; H heads of size D.
+Shapes: B rows, L padded tokens, P tokens that all rows begin with, W own tokens of the longest row, T tokens in the
+line, N answer tokens; H heads of size D.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper  # as accelerate does
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lcia.backbone import prefix
@@ -27,18 +27,20 @@ from lcia.backbone.chat import IGNORED
 
 LEAST_SHARE = 0.05  # of a batch's tokens: below, laying out its rows may cost what it saves
 _OURS = "lcia_packed"  # kind of attention, in transformers' register
+# Kinds of model whose layers add to the mask what they compute for each key: that is as long as the line.
+_WITH_MASKS_OF_THEIR_OWN = {"doge", "axk2", "deepseek_v32", "glm_moe_dsa", "hyv4"}
 
 
 @dataclass(frozen=True)
 class Packed:
     """A batch in one line: the shared tokens, then each row's own, row after row."""
 
-    places: torch.Tensor  # (N,): where in the flat batch (B L) each token of the line stands
-    before_answers: torch.Tensor  # (A,): the tokens of the line that predict the answers'
-    targets: torch.Tensor  # (A,): the answer tokens
+    places: torch.Tensor  # (T,): where in the flat batch (B L) each token of the line stands
+    before_answers: torch.Tensor  # (N,): the tokens of the line that predict the answers'
+    targets: torch.Tensor  # (N,): the answer tokens
     shared: int  # P
     rows: int  # B
-    in_rows: torch.Tensor  # (N - P,): where in the flat rows (B W) each own token stands
+    in_rows: torch.Tensor  # (T - P,): where in the flat rows (B W) each own token stands
     in_line: torch.Tensor  # (B W,): which own token stands there; 0 where none does
 
     @property
@@ -47,7 +49,7 @@ class Packed:
         return len(self.in_line) // self.rows
 
     def line_of(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, L, ...) of the batch to (1, N, ...)."""
+        """(B, L, ...) of the batch to (1, T, ...)."""
         return values.flatten(0, 1)[self.places][None]
 
 
@@ -76,6 +78,8 @@ def of_batch(model: Any, batch: Mapping[str, torch.Tensor], before: int | None =
         return None
     predicts = torch.zeros_like(own)
     predicts[:, length - labels.shape[1] : -1] = labels[:, 1:] != IGNORED
+    if not (own | ~predicts).all():
+        return None  # a prompt without a token, whose answer begins with what nothing predicts
     number = own.flatten().cumsum(0) - 1  # (B L), of own tokens
     in_own_order = torch.arange(width, device=ids.device)
     is_there = in_own_order < count  # (B, W)
@@ -94,14 +98,16 @@ def of_batch(model: Any, batch: Mapping[str, torch.Tensor], before: int | None =
 def _may_be_packed(model: Any) -> bool:
     """Whether its tokens see all before them, by an attention that can be laid out."""
     decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or decoder.config.model_type in _WITH_MASKS_OF_THEIR_OWN:
+        return False
     if not decoder._supports_attention_backend or _attention_of(decoder) is None or not prefix.sees_all_before(model):
         return False
-    if not model.training:
-        return True
+    if model.training and hasattr(decoder.get_input_embeddings(), "neftune_noise_alpha"):
+        return False  # noise in embeddings (NEFTune, arXiv 2310.05914) is the less the longer a row is
     # Layers that are computed again would be when nobody knows of the line any more. (In `vars`: of thousands of
     # modules most have no such attribute, and asking them for it takes longer than all else here.)
     return not any(
-        vars(module).get("gradient_checkpointing") or isinstance(module, CheckpointWrapper)
+        (model.training and vars(module).get("gradient_checkpointing")) or isinstance(module, CheckpointWrapper)
         for module in decoder.modules()
     )
 
@@ -162,7 +168,7 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """(1, H, N, D) three times to (1, N, H, D)."""
+    """(1, H, T, D) three times to (1, T, H, D)."""
     line = _passing.get()
     shared = line.packed.shared
     parts = []
@@ -182,7 +188,7 @@ AttentionInterface.register(_OURS, _attend)
 
 
 class _Spread(torch.autograd.Function):
-    """(N - P, H, D) in the line to (B, H, W, D) in rows; what stands where no token is has no gradient."""
+    """(T - P, H, D) in the line to (B, H, W, D) in rows; what stands where no token is has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, line: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -196,7 +202,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """(B, W, H, D) in rows to (N - P, H, D) in the line."""
+    """(B, W, H, D) in rows to (T - P, H, D) in the line."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, packed: Packed) -> torch.Tensor:

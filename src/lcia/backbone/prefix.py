@@ -24,7 +24,7 @@ LEAST_ON_GPU = 2048  # tokens that any other pass must save: there one over few 
 
 
 def shared_tokens(batch: Mapping[str, torch.Tensor], before: int | None = None) -> torch.Tensor:
-    """(P,): the tokens that all prompts of a batch from `collate` begin with; the last of a prompt is none of them.
+    """(P,): the tokens that all prompts of a batch, answers behind them or not, begin with; a prompt's last is none.
 
     Args:
         before: a token that is not shared, and what follows it neither.
@@ -42,9 +42,10 @@ def shared_tokens(batch: Mapping[str, torch.Tensor], before: int | None = None) 
 def of_batch(
     model: torch.nn.Module, batch: Mapping[str, torch.Tensor], before: int | None = None
 ) -> DynamicCache | None:
-    """The cache of the tokens that all prompts of a batch from `collate` begin with, once per row.
+    """The cache of the tokens that all prompts of a batch to be answered begin with, once per row.
 
     Args:
+        model: as it is inside of DDP.
         before: as `shared_tokens` takes it.
 
     Returns:
@@ -169,12 +170,12 @@ def _nested(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def is_random(model: Any) -> bool:
-    """Dropout must draw for every row of its own."""
+    """Dropout, and noise in a router, must draw for every row of its own."""
     if not model.training:
         return False
     settings = model.config.get_text_config().to_dict().items()
     elsewhere = ("summary_", "classifier_")  # heads that a language model has not
-    rates = [value for key, value in settings if "drop" in key and not key.startswith(elsewhere)]
+    rates = [value for key, value in settings if ("drop" in key or "jitter" in key) and not key.startswith(elsewhere)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates) or any(
         isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
     )

@@ -230,10 +230,12 @@ def plan_run(
     rows = _Rows(config, backbone)
     rows.count([row for task in stream for row in (*task.train, *_answered(task, config))], reporter)
     method = build_method(config.method_parts())
-    train, fullest, train_batch = _largest_training(stream, method, rows, config, gpus or 1)
+    train, train_batch = _largest_training(stream, method, rows, config, gpus or 1)
     test, eval_batch = _longest_answered(stream, rows, backbone, config)
     weights = _weights(backbone)
-    found, how = _rehearsed(config, backbone, stream, Batches(train, fullest, test), rows, device, gpus or 1, reporter)
+    found, how = _rehearsed(
+        config, backbone, stream, Batches(train[0], train[1:], test), rows, device, gpus or 1, reporter
+    )
     libraries = _resident() if device == "cpu" else None
 
     stages = _stages(found, config, gpus or 1, rows)
@@ -304,9 +306,9 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     rows.count([row for task in stream for row in task.train], reporter)
     weights = _weights(backbone)
     method = build_method(own.method_parts())
-    train, fullest, batch = _largest_training(stream, method, rows, own, gpus or 1)
+    train, batch = _largest_training(stream, method, rows, own, gpus or 1)
     assert batch is not None  # of a stream without tasks, which is refused before
-    found, _ = _rehearsed(own, backbone, stream, Batches(train, fullest, ()), rows, device, gpus or 1, reporter)
+    found, _ = _rehearsed(own, backbone, stream, Batches(train[0], train[1:], ()), rows, device, gpus or 1, reporter)
     stages = _stages(found, own, gpus or 1, rows)
     plan = InitPlan(
         tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
@@ -359,35 +361,34 @@ class _Rows:
 
 def _largest_training(
     stream: Stream, method: Combined, rows: _Rows, config: RunConfig, processes: int
-) -> tuple[list[Row], list[Row], Batch | None]:
-    """Of as many micro-batches as are learned, drawn as they are: the rows of the one with most tokens, padded ones
-    included, of the one with most of its own, and what the first is. Which takes more memory depends on how a batch is
-    passed through the model (lcia.backbone.packing).
+) -> tuple[list[list[Row]], Batch | None]:
+    """Of as many micro-batches as are learned, drawn as they are: the one with most tokens, padded ones included, and
+    what it is; the one with most of its own; the one with most answer tokens. Which takes most memory depends on how a
+    batch is passed through the model (lcia.backbone.packing), and on its vocabulary.
     """
     arguments = _arguments(config)
     size = arguments.per_device_train_batch_size
-    padded: tuple[list[Row], Batch | None] = [], None
-    full: tuple[list[Row], int] = [], 0
+    largest: list[tuple[int, str, list[Row]]] = [(0, "", [])] * 3
     for stage in method.schedule(list(stream)):
         name = "+".join(task.name for task in stage)
         fitting = [row for task in stage for row in task.train if rows.fits(row)]
-        lengths = np.array([rows.lengths(row).total for row in fitting])
+        tokens = np.array([rows.lengths(row).total for row in fitting])
+        answers = np.array([rows.lengths(row).answer for row in fitting])
         draw = np.random.default_rng(stable_seed(config.seed, name, "plan"))
         steps = _steps(len(fitting), len(stage), arguments, config, processes)
         left = steps * arguments.gradient_accumulation_steps * processes
         while left > 0 and fitting:
             order = draw.permutation(len(fitting))
-            micro = [order[start : start + size] for start in range(0, len(order), size)][:left]
-            left -= len(micro)
-            most = max(micro, key=lambda chosen: len(chosen) * lengths[chosen].max())
-            chosen = [fitting[i] for i in sorted(most, key=lambda i: -lengths[i])]
-            batch = _batch(name, chosen, lambda row: rows.lengths(row).total)
-            if padded[1] is None or batch.tokens > padded[1].tokens:
-                padded = chosen, batch
-            most = max(micro, key=lambda chosen: lengths[chosen].sum())
-            if lengths[most].sum() > full[1]:
-                full = [fitting[i] for i in most], int(lengths[most].sum())
-    return padded[0], full[0], padded[1]
+            for micro in [order[start : start + size] for start in range(0, len(order), size)][:left]:
+                left -= 1
+                own = tokens[micro]
+                for i, most in enumerate((len(micro) * own.max(), own.sum(), answers[micro].sum())):
+                    if most > largest[i][0]:
+                        longest_first = micro[np.argsort(-own, kind="stable")]
+                        largest[i] = int(most), name, [fitting[row] for row in longest_first]
+    batches = [chosen for _, _, chosen in largest]
+    _, task, chosen = largest[0]
+    return batches, _batch(task, chosen, lambda row: rows.lengths(row).total) if chosen else None
 
 
 def _longest_answered(stream: Stream, rows: _Rows, backbone: Backbone, config: RunConfig) -> tuple[list[Row], Batch]:

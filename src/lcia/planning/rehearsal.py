@@ -70,7 +70,7 @@ class Batches:
     """The rows that take the most memory."""
 
     train: Sequence[Row]  # the micro-batch with most tokens, padded ones included; its longest row is the first
-    fullest: Sequence[Row]  # the one with most tokens of its own
+    others: Sequence[Sequence[Row]]  # that may take more memory: those with most tokens of their own, most to learn
     test: Sequence[Row]  # answered together; none where nothing is measured
 
 
@@ -157,7 +157,7 @@ class _Run:
             heaviest += [one for one in learned if not one[1].is_new][-1:]
         for task, placement in heaviest:
             on_stage(f"{task.name}, the longest batch")
-            for rows in (self.batches.train, self.batches.fullest):
+            for rows in (self.batches.train, *self.batches.others):
                 found.training = _larger(found.training, self._train(task, placement, rows))
         return found
 
