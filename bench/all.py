@@ -46,11 +46,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 base, adapter = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter).to(device)
 text = tokenizer.apply_chat_template(
     [{{"role": "user", "content": {REQUEST + chr(10) + INSTRUCTION!r}}}], tokenize=False, add_generation_prompt=True
 )
-batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+batch = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(device)
 print(tokenizer.decode(model.generate(**batch, max_new_tokens=12)[0, batch["input_ids"].shape[1]:]))
 """
 
@@ -112,6 +113,9 @@ def headline(found: dict[str, Any]) -> list[str]:
             f"| a training step | {name} | {peers[name]['ratio']:.2f}x ({memory if same else 'OTHER LOSSES'}) |"
         )
     lines.append(f"| the accuracy matrix of six tasks | the plain way | {found['matrix']['ratio']:.2f}x |")
+    proof = found["proof"]
+    equal = f"{proof['plain']['differing']} of {proof['plain']['predictions']:,} predictions differ"
+    lines.append(f"| the same in float32 ({equal}) | the plain way | {proof['ratio']:.2f}x |")
     last = found["growth"][-1]
     lines.append(
         f"| prompt lists answered, {last['tasks']} tasks in {last['groups']} groups | one per cell; T (T + 1) / 2 | "
@@ -123,7 +127,6 @@ def headline(found: dict[str, Any]) -> list[str]:
 
 
 def page(found: dict[str, Any]) -> str:
-    proof = found["proof"]["plain"]
     return "\n".join(
         [
             "# Speed",
@@ -158,7 +161,9 @@ def page(found: dict[str, Any]) -> str:
             "",
             matrix.table(found["matrix"]),
             "",
-            f"In float32, with fewer rows: {proof['differing']} of {proof['predictions']} predictions differ.",
+            "In float32, where no other order of sums makes a difference:",
+            "",
+            matrix.table(found["proof"]),
             "",
             "## Growth with the stream",
             "",
@@ -187,9 +192,18 @@ def page(found: dict[str, Any]) -> str:
 
 
 def machine() -> str:
-    """Model, cores and threads."""
+    """Processor, cores and GPU."""
+    import torch
+
     names = [line.partition(":")[2].strip() for line in _processor() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores{gpu}"
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _processor() -> list[str]:
@@ -248,7 +262,7 @@ def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
         return matrix.trained(place / "run", model, "bfloat16", steps=1 if little else 24, rows=rows)
 
     def exact() -> Path:
-        return matrix.trained(place / "exact", model, "float32", steps=1 if little else 2, rows=min(rows, 6))
+        return matrix.trained(place / "exact", model, "float32", steps=1 if little else 24, rows=rows)
 
     keep("training", lambda: training.measure(steps, proof_steps=1 if little else 3, rounds=rounds, model=model))
     keep("matrix", lambda: matrix.measure(run(), rounds))
@@ -256,7 +270,8 @@ def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
     keep("growth", growth.measure)
     keep("ablation_training", lambda: ablation.measure_training(1 if little else 2, rounds, model))
     keep("ablation_answering", lambda: ablation.measure_answering(rounds, model))
-    keep("averaging", lambda: output_of("ema.py", *(["--ranks", "16", "--rounds", "1"] if little else [])))
+    less = ["--ranks", "16", "--rounds", "1"] if little else []
+    keep("averaging", lambda: output_of("ema.py", "--device", device(), *less))
     keep("routing", lambda: output_of("grouping.py", *(["--instructions", "1000"] if little else [])))
     keep("start_up", lambda: start_up(run(), model, 1 if little else 3))
     return found

@@ -81,11 +81,11 @@ def by_hand(run: Path) -> dict[str, Any]:
     stream = current_stream(folder, config)
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
     reader, attention = backbone.reader, backbone.model.config._attn_implementation
-    generation, dtype = backbone.model.generation_config, backbone.model.dtype
+    generation, dtype, device = (getattr(backbone.model, name) for name in ("generation_config", "dtype", "device"))
     del backbone
     prompts = {task.name: {row.id: reader.encode_prompt(row).prompt for row in task.test} for task in stream}
     pad = reader.tokenizer.pad_token_id
-    seconds, differing, answered, cells = 0.0, 0, 0, 0
+    seconds, differing, answered, cells, written = 0.0, 0, 0, 0, 0
     stages = [None, *(record["stage"] for record in folder.records("stage_learned"))]
     for number, stage in enumerate(stages):
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -98,7 +98,7 @@ def by_hand(run: Path) -> dict[str, Any]:
                 model.load_adapter(adapter.parent, adapter_name=name)
             else:
                 model = PeftModel.from_pretrained(model, adapter.parent, adapter_name=name)
-        model.eval()
+        model.to(device).eval()
         for file in sorted((run / "evaluations" / "test" / str(number)).glob("*.jsonl")):
             records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             cells += 1
@@ -118,15 +118,24 @@ def by_hand(run: Path) -> dict[str, Any]:
                     started = time.monotonic()
                     with torch.no_grad():
                         output = model.generate(
-                            input_ids=tokens, attention_mask=mask, max_new_tokens=config.max_new_tokens
+                            input_ids=tokens.to(device),
+                            attention_mask=mask.to(device),
+                            max_new_tokens=config.max_new_tokens,
                         )
                     texts = reader.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
                     seconds += time.monotonic() - started
                     answered += len(batch)
+                    written += int((output[:, length:] != pad).sum())
                     differing += sum(
                         text.strip() != record["prediction"] for text, record in zip(texts, batch, strict=True)
                     )
-    return {"seconds": seconds, "cells": cells, "predictions": answered, "differing": differing}
+    return {
+        "seconds": seconds,
+        "cells": cells,
+        "predictions": answered,
+        "answer_tokens": written,
+        "differing": differing,
+    }
 
 
 def in_own_process(way: str, run: Path) -> dict[str, Any]:
@@ -154,6 +163,7 @@ def measure(run: Path, rounds: int = 2) -> dict[str, Any]:
         raise SystemExit(f"lcia measured {ours['cells']} cells, the plain way {theirs['cells']}")
     for one in found.values():
         one["predictions_per_s"] = theirs["predictions"] / one["seconds"]
+        one["answer_tokens_per_s"] = theirs["answer_tokens"] / one["seconds"]
     return {"lcia": ours, "plain": theirs, "ratio": theirs["seconds"] / ours["seconds"]}
 
 
@@ -161,12 +171,12 @@ def table(found: dict[str, Any]) -> str:
     ours, theirs = found["lcia"], found["plain"]
     return "\n".join(
         [
-            "| | lcia is faster by | seconds | cells of the matrix | answered | predictions/s | peak GiB |",
-            "|---|---|---|---|---|---|---|",
+            "| | lcia is faster by | seconds | cells | answered | predictions/s | answer tokens/s | peak GiB |",
+            "|---|---|---|---|---|---|---|---|",
             f"| lcia | 1.00x | {ours['seconds']:.1f} | {ours['cells']} | {ours['answered']} lists of prompts "
-            f"| {ours['predictions_per_s']:.1f} | {ours['peak_gib']:.1f} |",
+            f"| {ours['predictions_per_s']:.1f} | {ours['answer_tokens_per_s']:.0f} | {ours['peak_gib']:.1f} |",
             f"| plain | {found['ratio']:.2f}x | {theirs['seconds']:.1f} | {theirs['cells']} | all "
-            f"| {theirs['predictions_per_s']:.1f} | {theirs['peak_gib']:.1f} |",
+            f"| {theirs['predictions_per_s']:.1f} | {theirs['answer_tokens_per_s']:.0f} | {theirs['peak_gib']:.1f} |",
             "",
             f"{theirs['differing']} of {theirs['predictions']} predictions differ.",
         ]

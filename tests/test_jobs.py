@@ -1,5 +1,6 @@
 """Lists of runs: how many work at a time, what becomes of failures and interruptions, and that the number of processes
-changes no result. Most of it with a small script in place of lcia; Ray with a stand-in of its documented functions.
+changes no result. Most of it with a small script in place of lcia; Ray with a stand-in of its documented functions, and
+itself where it is installed.
 """
 
 from __future__ import annotations

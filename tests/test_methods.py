@@ -469,6 +469,8 @@ def test_an_unknown_option_is_refused(documented, method) -> None:
         ("stable_ema", {"retained": 0.3, "beta": 0.99}, "retained and beta are two ways"),
         ("llaca", {"strength": 0.3}, "strength: only the rule fisher has it; this rule is fixed"),
         ("llaca", {"rule": "eq45", "forgetting": 1.0}, "forgetting: only the rule fisher"),
+        ("llaca", {"fisher_source": "adamw"}, "fisher_source: only the rule fisher"),
+        ("llaca", {"rule": "fisher", "fisher_source": "per_example"}, "fisher_source must be running or adamw"),
     ],
 )
 def test_an_option_of_averaging_that_would_do_nothing_is_refused(method, options, message) -> None:
@@ -512,8 +514,9 @@ def test_two_averages_are_refused() -> None:
         build_method([("lcia", {}), ("stable_ema", {})])
 
 
-def test_fisher_importance_is_carried_between_tasks(tiny_config) -> None:
-    config = tiny_config(method={"name": "lcia", "rule": "fisher"})
+@pytest.mark.parametrize("source", ["running", "adamw"])
+def test_fisher_importance_is_carried_between_tasks(source: str, tiny_config) -> None:
+    config = tiny_config(method={"name": "lcia", "rule": "fisher", "fisher_source": source})
     results = measure(config)
     assert results["ema"]["fallback_fraction"] == 0.0
     assert 0.0 < results["ema"]["retained_mass"]["paints"] < 1.0
@@ -521,3 +524,10 @@ def test_fisher_importance_is_carried_between_tasks(tiny_config) -> None:
     tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
     assert tensors
     assert all((tensor >= 0).all() and tensor.dtype == torch.float32 for tensor in tensors)
+    assert any((tensor > 0).any() for tensor in tensors)
+
+
+def test_an_optimizer_without_second_moments_is_refused(tiny_config) -> None:
+    config = tiny_config(method={"name": "lcia", "rule": "fisher", "fisher_source": "adamw"}, optim="sgd")
+    with pytest.raises(UserError, match=r"fisher_source adamw reads the second moment.*'optim'"):
+        measure(config)

@@ -103,7 +103,7 @@ def test_weights_spread_over_processes_learn_as_one(tiny_config: Config, tmp_pat
     assert json.loads(both[0].stdout)["matrix"] == json.loads(one.stdout)["matrix"]
     theirs = adapters(tmp_path / "two")
     for key, value in adapters(tmp_path / "alone").items():
-        assert torch.allclose(theirs[key], value, atol=1e-6), key
+        assert torch.allclose(theirs[key], value, rtol=0, atol=1e-6), key
 
 
 # every task goes back from its second epoch to its first: nothing is ever right
@@ -128,7 +128,7 @@ def test_two_processes_learn_and_answer_as_one(method: Any, changes: Any, tiny_c
     assert found["cost"].get("extra_forward_rows") == expected["cost"].get("extra_forward_rows")
     theirs = adapters(tmp_path / "two")
     for key, value in adapters(tmp_path / "alone").items():
-        assert torch.allclose(theirs[key], value, atol=1e-6), key
+        assert torch.allclose(theirs[key], value, rtol=0, atol=1e-6), key
     # what two have answered, one answers from the same weights, word for word
     (again,) = launch(["eval", str(tmp_path / "two"), "--all-rows", "--recompute"], 1)
     assert again.returncode == 0, again.stderr
@@ -223,11 +223,11 @@ def test_the_callback_in_two_processes_is_that_of_one(kind: str, tmp_path: Path)
     alone, together = (load_file(tmp_path / run / "found.safetensors") for run in ("one", "two"))
     assert alone.keys() == together.keys()
     for key, value in alone.items():
-        assert torch.allclose(together[key], value, atol=1e-6), key
+        assert torch.allclose(together[key], value, rtol=0, atol=1e-6), key
     kept = [load_file(tmp_path / run / "checkpoint-3" / "ema.safetensors") for run in ("one", "two")]
     averages = [key for key in kept[0] if key.startswith("average/")]
     assert averages
-    assert all(torch.allclose(kept[0][key], kept[1][key], atol=1e-6) for key in averages)
+    assert all(torch.allclose(kept[0][key], kept[1][key], rtol=0, atol=1e-6) for key in averages)
     assert any(not torch.equal(alone[f"average/{name}"], kept[0][f"average/{name}"]) for name in ("body.0.weight",))
 
 

@@ -90,8 +90,9 @@ def _freed_memory() -> str:
 def _lines() -> str:
     return (
         "in one line, without padding, and what all rows begin with once (for each row with dropout), where that "
-        f"saves {packing.LEAST_SHARE:.0%} of a batch's tokens (not with windowed or flash attention, "
-        "activation checkpointing, encoder-decoders, rows with weights of their own; of models with images: LLaVA's)"
+        f"saves {packing.LEAST_SHARE:.0%} of a batch's tokens (not with windowed or flash attention "
+        "or a model's own way of attending, activation checkpointing, noise in embeddings, encoder-decoders, rows with "
+        "weights of their own; of models with images: LLaVA's)"
     )
 
 

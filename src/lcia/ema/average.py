@@ -578,7 +578,7 @@ class DynamicEMA:
         if self._previous_gradient is not None:
             settings["grad_dtype"] = str(self._previous_gradient.dtype)
         if "curvature" in self._rule.reads:
-            names = ("total_steps", "strength", "forgetting", "fisher_source", "fisher_decay")
+            names = ("total_steps", "strength", "forgetting", "fisher_source", "fisher_decay", "examples_per_gradient")
             settings |= {name: getattr(self, name) for name in names}
         return settings
 

@@ -11,6 +11,7 @@ import torch
 from lcia.adapters.naming import in_adapter
 from lcia.ema import DynamicEMA
 from lcia.ema.sharding import whole
+from lcia.errors import UserError
 from lcia.methods.base import Method, Training
 from lcia.stream import Task
 
@@ -32,6 +33,8 @@ class Averaging(Method):
         rest: share of the task for which θ* rests at its start before it moves; see lcia.ema.DynamicEMA.
         strength: λ of `fisher`: how much F_old weighs against F_new; None: 1.
         forgetting: γ of `fisher`: F_old ← γ F_old + F_new behind each task; None: λ.
+        fisher_source: where `fisher` reads F_new; None: its own running mean. "adamw": the optimizer's, which takes no
+            memory and is of clipped gradients (lcia.ema.fisher).
 
     Raises:
         ValueError: an option that the rule does not have, or a value that it cannot have.
@@ -49,7 +52,10 @@ class Averaging(Method):
         rest: float = 0.0,
         strength: float | None = None,
         forgetting: float | None = None,
+        fisher_source: str | None = None,
     ) -> None:
+        if fisher_source not in (None, "running", "adamw"):
+            raise ValueError(f"fisher_source must be running or adamw, got {fisher_source!r}")
         self.options: dict[str, Any] = {"rule": rule, "rest": rest}
         if rule == "fisher":
             if retained not in (..., None) or fallback is not None:
@@ -62,13 +68,14 @@ class Averaging(Method):
             raise ValueError("retained is null: then say the constant itself, as in `fallback: 0.99`")
         else:
             self.options["retained"] = _RETAINED if retained is ... else retained
-        of_fisher = {"strength": strength, "forgetting": forgetting}
+        of_fisher = {"strength": strength, "forgetting": forgetting, "fisher_source": fisher_source}
         given = {name: value for name, value in of_fisher.items() if value is not None}
         if given and rule != "fisher":
             raise ValueError(f"{' and '.join(given)}: only the rule fisher has it; this rule is {rule}")
         self.options |= given
         # DynamicEMA knows which values it takes; a wrong one must be refused now, not when the first task begins.
-        DynamicEMA({"check": torch.nn.Parameter(torch.zeros(1))}, total_steps=1, **self.options)
+        check = torch.nn.Parameter(torch.zeros(1))
+        DynamicEMA({"check": check}, total_steps=1, optimizer=torch.optim.AdamW([check]), **self.options)
         self._importance: dict[str, dict[str, torch.Tensor]] = {}  # adapter → {parameter: F_old}
         self._average: DynamicEMA | None = None
         self._report: dict[str, Any] = {}
@@ -94,8 +101,18 @@ class Averaging(Method):
             total_steps=training.total_steps,
             importance=self._importance.get(self._adapter),
             examples_per_gradient=training.examples_per_gradient,
+            optimizer=self._checked(training.optimizer),
             **self.options,
         )
+
+    def _checked(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        reads = self.options.get("fisher_source") == "adamw"
+        if reads and not all("betas" in group for group in optimizer.param_groups):
+            raise UserError(
+                "key 'method': fisher_source adamw reads the second moment of an Adam or AdamW, and the optimizer of "
+                "key 'optim' keeps none; fisher_source running works with all"
+            )
+        return optimizer
 
     def see_grads(self) -> None:
         if self._average is not None:

@@ -31,6 +31,7 @@ class LCIA(Combined):
         rest: float = 0.0,
         strength: float | None = None,
         forgetting: float | None = None,
+        fisher_source: str | None = None,
     ) -> None:
         super().__init__(
             [
@@ -42,7 +43,13 @@ class LCIA(Combined):
                     start=start,
                 ),
                 Averaging(
-                    rule=rule, retained=retained, fallback=fallback, rest=rest, strength=strength, forgetting=forgetting
+                    rule=rule,
+                    retained=retained,
+                    fallback=fallback,
+                    rest=rest,
+                    strength=strength,
+                    forgetting=forgetting,
+                    fisher_source=fisher_source,
                 ),
             ]
         )
