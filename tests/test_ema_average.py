@@ -429,3 +429,15 @@ def test_what_hides_its_weights_or_gradients_is_refused():
         DynamicEMA({"lm_head": nn.Parameter(torch.ones(0))})
     with pytest.raises(ValueError, match="complex64"):
         DynamicEMA({"lm_head": nn.Parameter(torch.ones(2, dtype=torch.complex64))})
+
+
+def test_fisher_goes_on_with_as_many_examples_a_gradient():
+    """F_new is a mean over steps: another batch would scale the rest of it otherwise."""
+    net = model()
+    first = DynamicEMA(net.named_parameters(), "fisher", total_steps=9, examples_per_gradient=8)
+    train(net, first, torch.optim.SGD(net.parameters(), lr=0.1), 2)
+    same = DynamicEMA(net.named_parameters(), "fisher", total_steps=9, examples_per_gradient=8.0)
+    same.load_state_dict(first.state_dict())
+    other = DynamicEMA(net.named_parameters(), "fisher", total_steps=9, examples_per_gradient=16)
+    with pytest.raises(ValueError, match="examples_per_gradient 8, this DynamicEMA has 16: batch × accumulation"):
+        other.load_state_dict(first.state_dict())

@@ -557,25 +557,8 @@ def test_a_time_is_given_where_steps_were_made(tiny_config: Config) -> None:
         plan(config, measure=2, gpus=1)
 
 
-@pytest.mark.parametrize("method", ["lora", {"name": "agem", "memory": 2}])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_operations_are_those_that_a_run_makes(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, method: Any
-) -> None:
-    """Torch's own counter around every real training; all rows are equally long. agem: once a step, not a batch."""
-    row = {"input": "one two three", "instruction": "say it", "output": "four"}
-    lines = [{**row, "id": str(i), "split": "train" if i < 12 else "test"} for i in range(16)]
-    (tmp_path / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = tiny_config(
-        stream=[{"name": name, "path": str(tmp_path / "same.jsonl")} for name in ("same", "again")],
-        method=method,
-        tasks=None,
-        max_steps=-1,
-        num_train_epochs=2,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=accumulation,
-    )
-    planned = plan(config, tflops=2.0)
+def operations(config: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of every training of a run, by torch's own counter."""
     counted = 0
     learn = lcia.training.TaskTrainer.train
 
@@ -588,6 +571,28 @@ def test_operations_are_those_that_a_run_makes(
 
     monkeypatch.setattr(lcia.training.TaskTrainer, "train", counting)
     train(config)
+    return counted
+
+
+@pytest.mark.parametrize("method", ["lora", {"name": "agem", "memory": 2}])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_operations_are_those_that_a_run_makes(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, method: Any
+) -> None:
+    """All rows are equally long. agem: once a step, not a batch."""
+    row = {"input": "one two three", "instruction": "say it", "output": "four"}
+    lines = [{**row, "id": str(i), "split": "train" if i < 12 else "test"} for i in range(16)]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tiny_config(
+        stream=[{"name": name, "path": str(tmp_path / "same.jsonl")} for name in ("same", "again")],
+        method=method,
+        tasks=None,
+        max_steps=-1,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+    )
+    planned, counted = plan(config, tflops=2.0), operations(config, monkeypatch)
     assert counted > 0
     assert planned.flops == pytest.approx(counted, rel=1e-3)
     assert planned.training_s == pytest.approx(planned.flops / 2e12)
@@ -595,6 +600,52 @@ def test_operations_are_those_that_a_run_makes(
     assert "if the device makes 2 · 10¹² of them a second" in printed(planned)
     with pytest.raises(UserError, match="two ways to a time"):
         plan(config, tflops=2.0, measure=1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_of_rows_of_unlike_lengths(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """One row in sixteen is long: in a padded batch (layers that are computed again) the others pay for it."""
+    rows = [
+        {"input": "one " * (40 if i % 16 == 0 else 1 + i % 3), "instruction": "say it", "output": "four", "id": str(i)}
+        for i in range(64)
+    ]
+    lines = [{**row, "split": "train" if i < 60 else "test"} for i, row in enumerate(rows)]
+    (tmp_path / "unlike.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = tiny_config(
+        stream=[{"name": "unlike", "path": str(tmp_path / "unlike.jsonl")}],
+        method="lora",
+        tasks=None,
+        max_steps=-1,
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        activation_checkpointing=checkpointing,
+    )
+    planned, counted = plan(config).flops, operations(config, monkeypatch)
+    assert planned == pytest.approx(counted, rel=0.15)
+
+
+def test_a_task_that_shares_nothing_takes_more_than_a_longer_one_that_does(tiny_config: Config, tmp_path: Path) -> None:
+    """What all rows begin with is passed once: the batch with most tokens is not the one with most to pass."""
+    said = {"alike": "the same long words before everything " * 3, "unlike": ""}
+    for name, first in said.items():
+        inputs = [f"{first}{i}" if first else f"{i} " + f"word{i} " * 12 for i in range(12)]
+        lines = [
+            {"input": "", "instruction": text, "output": "four", "id": str(i), "split": "train" if i < 8 else "test"}
+            for i, text in enumerate(inputs)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def peak(*names: str) -> int:
+        stream = [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in names]
+        found = plan(tiny_config(stream=stream, method="lora", tasks=None, max_steps=2, per_device_train_batch_size=8))
+        assert found.training is not None
+        return found.training.peak
+
+    alike, unlike = peak("alike"), peak("unlike")
+    assert unlike > alike
+    assert peak("alike", "unlike") == pytest.approx(unlike, rel=0.02)
 
 
 def test_a_run_that_would_be_refused_is_not_planned(tiny_config: Config, tiny_stream: Path, tmp_path: Path) -> None:

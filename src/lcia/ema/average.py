@@ -530,7 +530,8 @@ class DynamicEMA:
         """
         for key, mine in {"rule": self.rule, "per": self.per, **self._settings()}.items():
             if state.get(key, mine) != mine:
-                raise ValueError(f"the state has {key} {state[key]!r}, this DynamicEMA has {mine!r}")
+                advice = ": batch × accumulation × processes" if key == "examples_per_gradient" else ""
+                raise ValueError(f"the state has {key} {state[key]!r}, this DynamicEMA has {mine!r}{advice}")
         if self._importance is None and any(key.startswith("importance/") for key in state):
             self._importance = self._layout.new()
         parts = {}

@@ -106,8 +106,9 @@ class Averaging(Method):
         )
 
     def _checked(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        reads = self.options.get("fisher_source") == "adamw"
-        if reads and not all("betas" in group for group in optimizer.param_groups):
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's has one inside
+        is_adam = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+        if self.options.get("fisher_source") == "adamw" and not is_adam:
             raise UserError(
                 "key 'method': fisher_source adamw reads the second moment of an Adam or AdamW, and the optimizer of "
                 "key 'optim' keeps none; fisher_source running works with all"

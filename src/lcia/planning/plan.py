@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 import torch
 from transformers import AutoConfig, TrainingArguments
@@ -21,15 +20,15 @@ from lcia.init_stage import check_init, init_config
 from lcia.machine import give_back_freed_memory
 from lcia.methods import PGP, Combined, ContinualLLaVA, EProj, Method, build_method
 from lcia.planning.counting import FP32, Disk, Evaluations, count_disk, count_evaluations, optimizer_steps
+from lcia.planning.draws import draw
 from lcia.planning.lengths import Lengths
 from lcia.planning.live import Bytes
 from lcia.planning.outline import depth_of, outline, place
 from lcia.planning.parts import BASE, BUCKETS, GATHERED, METHOD, OPTIMIZER, PARTS, SHARDED
-from lcia.planning.rehearsal import Batches, Rehearsal, StageRehearsed, deeper, rehearse
+from lcia.planning.rehearsal import Batches, Drawn, Rehearsal, StageRehearsed, deeper, rehearse
 from lcia.planning.timing import Measured, measure_steps
 from lcia.progress import Reporter
 from lcia.results import method_name
-from lcia.seeds import stable_seed
 from lcia.session import check_lengths, check_target_modules, load_run_stream
 from lcia.stream import Row, Stream, Task
 
@@ -98,7 +97,6 @@ class Batch:
     rows: int
     longest: int  # tokens of prompt and answer; of a batch to be answered, of the prompt
     tokens: int  # padded ones included
-    own: int  # padded ones not included
 
 
 @dataclass(frozen=True)
@@ -230,12 +228,10 @@ def plan_run(
     rows = _Rows(config, backbone)
     rows.count([row for task in stream for row in (*task.train, *_answered(task, config))], reporter)
     method = build_method(config.method_parts())
-    train, train_batch = _largest_training(stream, method, rows, config, gpus or 1)
     test, eval_batch = _longest_answered(stream, rows, backbone, config)
     weights = _weights(backbone)
-    found, how = _rehearsed(
-        config, backbone, stream, Batches(train[0], train[1:], test), rows, device, gpus or 1, reporter
-    )
+    batches = _batches(stream, rows, test, config, gpus or 1)
+    found, how = _rehearsed(config, backbone, stream, batches, rows, device, gpus or 1, reporter)
     libraries = _resident() if device == "cpu" else None
 
     stages = _stages(found, config, gpus or 1, rows)
@@ -266,7 +262,7 @@ def plan_run(
         gradients=FP32 * found.trained,
         closing=Moment.of(found.closing) if found.closing else None,
         evaluating=Moment.of(_evaluating(found, config)),
-        train_batch=train_batch,
+        train_batch=_longest(found, rows),
         eval_batch=eval_batch,
         devices=_devices(gpus, found, method, weights, config),
         libraries=libraries,
@@ -277,9 +273,7 @@ def plan_run(
         tasks=tuple(_task(task, found, rows, len(_answered(task, config))) for task in stream),
         stages=stages,
         evaluations=count_evaluations([task.name for task in stream], found.stages, changes),
-        flops=_flops(found, stages, train_batch, gpus or 1) + (0 if init is None else init.plan.flops)
-        if train_batch
-        else None,
+        flops=_flops(found, stages, gpus or 1) + (0 if init is None else init.plan.flops) if stages else None,
         tflops=tflops,
         measured=measured,
         notes=tuple(_notes(config, method, stream, rows, gpus)),
@@ -306,15 +300,15 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     rows.count([row for task in stream for row in task.train], reporter)
     weights = _weights(backbone)
     method = build_method(own.method_parts())
-    train, batch = _largest_training(stream, method, rows, own, gpus or 1)
-    assert batch is not None  # of a stream without tasks, which is refused before
-    found, _ = _rehearsed(own, backbone, stream, Batches(train[0], train[1:], ()), rows, device, gpus or 1, reporter)
-    stages = _stages(found, own, gpus or 1, rows)
+    batches = _batches(stream, rows, (), own, gpus or 1)
+    found, _ = _rehearsed(own, backbone, stream, batches, rows, device, gpus or 1, reporter)
+    stages, longest = _stages(found, own, gpus or 1, rows), _longest(found, rows)
+    assert longest is not None  # of a stream without tasks, which is refused before
     plan = InitPlan(
         tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
         stage=stages[0],
-        flops=_flops(found, stages, batch, gpus or 1),
-        train_batch=batch,
+        flops=_flops(found, stages, gpus or 1),
+        train_batch=longest,
         training=Moment.of(found.training),
         devices=_devices(gpus, found, method, weights, config),
         exchanging=Moment.of({BASE: 2 * weights.all}),
@@ -359,36 +353,21 @@ class _Rows:
         return self._layout.fits(self.lengths(row).prompt, self.lengths(row).answer, self._config)
 
 
-def _largest_training(
-    stream: Stream, method: Combined, rows: _Rows, config: RunConfig, processes: int
-) -> tuple[list[list[Row]], Batch | None]:
-    """Of as many micro-batches as are learned, drawn as they are: the one with most tokens, padded ones included, and
-    what it is; the one with most of its own; the one with most answer tokens. Which takes most memory depends on how a
-    batch is passed through the model (lcia.backbone.packing), and on its vocabulary.
-    """
+def _batches(stream: Stream, rows: _Rows, test: Sequence[Row], config: RunConfig, processes: int) -> Batches:
     arguments = _arguments(config)
-    size = arguments.per_device_train_batch_size
-    largest: list[tuple[int, str, list[Row]]] = [(0, "", [])] * 3
-    for stage in method.schedule(list(stream)):
-        name = "+".join(task.name for task in stage)
-        fitting = [row for task in stage for row in task.train if rows.fits(row)]
-        tokens = np.array([rows.lengths(row).total for row in fitting])
-        answers = np.array([rows.lengths(row).answer for row in fitting])
-        draw = np.random.default_rng(stable_seed(config.seed, name, "plan"))
-        steps = _steps(len(fitting), len(stage), arguments, config, processes)
-        left = steps * arguments.gradient_accumulation_steps * processes
-        while left > 0 and fitting:
-            order = draw.permutation(len(fitting))
-            for micro in [order[start : start + size] for start in range(0, len(order), size)][:left]:
-                left -= 1
-                own = tokens[micro]
-                for i, most in enumerate((len(micro) * own.max(), own.sum(), answers[micro].sum())):
-                    if most > largest[i][0]:
-                        longest_first = micro[np.argsort(-own, kind="stable")]
-                        largest[i] = int(most), name, [fitting[row] for row in longest_first]
-    batches = [chosen for _, _, chosen in largest]
-    _, task, chosen = largest[0]
-    return batches, _batch(task, chosen, lambda row: rows.lengths(row).total) if chosen else None
+
+    def of_stage(name: str, tasks: int, trained: Sequence[Row]) -> Drawn:
+        steps = _steps(len(trained), tasks, arguments, config, processes)
+        return draw(name, trained, rows.lengths, arguments, steps, processes, config.seed)
+
+    fitting = (row for task in stream for row in task.train if rows.fits(row))
+    longest = max(fitting, key=lambda row: rows.lengths(row).total, default=None)
+    return Batches(of_stage, rows.lengths, longest, test)
+
+
+def _longest(found: Rehearsal, rows: _Rows) -> Batch | None:
+    task, batch = found.longest
+    return _batch(task, batch, lambda row: rows.lengths(row).total) if batch else None
 
 
 def _longest_answered(stream: Stream, rows: _Rows, backbone: Backbone, config: RunConfig) -> tuple[list[Row], Batch]:
@@ -414,7 +393,7 @@ def _longest_answered(stream: Stream, rows: _Rows, backbone: Backbone, config: R
 
 def _batch(task: str, rows: Sequence[Row], size: Callable[[Row], int]) -> Batch:
     longest = max(size(row) for row in rows)
-    return Batch(task, len(rows), longest, len(rows) * longest, sum(size(row) for row in rows))
+    return Batch(task, len(rows), longest, len(rows) * longest)
 
 
 def _task(task: Task, found: Rehearsal, rows: _Rows, eval_rows: int) -> TaskPlan:
@@ -464,13 +443,14 @@ def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows)
     )
 
 
-def _flops(found: Rehearsal, stages: Sequence[StagePlan], longest: Batch, processes: int) -> int:
-    """Of all training, at the rate of the longest micro-batch per token of its own: attention grows with length.
+def _flops(found: Rehearsal, stages: Sequence[StagePlan], processes: int) -> int:
+    """Of all training, at the rate of typical micro-batches of each stage per token of their own.
 
     What a step does once is done by every process (docs/concepts/processes.md).
     """
-    passes = found.flops / longest.own * sum(stage.tokens for stage in stages)
-    once = sum(stage.steps * part.flops_once for stage, part in zip(stages, found.stages, strict=True))
+    both = list(zip(stages, found.stages, strict=True))
+    passes = sum(stage.tokens * part.flops / part.tokens for stage, part in both)
+    once = sum(stage.steps * part.flops_once for stage, part in both)
     return round(passes + once * processes)
 
 

@@ -1,7 +1,8 @@
 """A run without its numbers: each stage is opened, begun and closed by the method's own code, its bytes counted.
 
-Each stage makes one step on one row. Behind all of them the longest batch of the stream is trained on, in the last
-stage and in the last that went on with an adapter: then all adapters are there, and all that the method carries.
+Each stage makes a step on each of a few typical micro-batches. Behind all of them the largest of the run are trained
+on, in the last stage and in the last that went on with an adapter: then all adapters are there, and all that the
+method carries.
 
 Shapes: N answer tokens, V vocabulary.
 """
@@ -12,6 +13,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from lcia.evaluation import Decoding, generate_answers
 from lcia.methods import Combined, Method, Placement, Training, build_method
 from lcia.methods.memory import EpisodicMemory
 from lcia.planning.flops import Flops
+from lcia.planning.lengths import Length
 from lcia.planning.live import Bytes, LiveBytes
 from lcia.planning.parts import ACTIVATIONS, ADAPTERS, BASE, CACHE, GRADIENTS, LOGITS, METHOD, OPTIMIZER
 from lcia.planning.zeros import floats_are_zero
@@ -43,7 +46,9 @@ class StageRehearsed:
     placement: Placement
     rows: tuple[Row, ...]  # trained on: those of the tasks, and what the method adds
     state: int  # bytes that the method carries on after it
-    flops_once: int  # floating-point operations of a step behind its micro-batches' passes: agem's reference gradient
+    flops: int  # floating-point operations of the passes of typical micro-batches
+    tokens: int  # of these, padding not counted
+    flops_once: int  # of a step behind its micro-batches' passes: agem's reference gradient
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Rehearsal:
     projector: int = 0  # of these, the projector's
     optimizer: int = 0  # states of the optimizer, for one adapter
     training: Bytes = field(default_factory=dict)  # all parts, when their sum is largest
-    flops: int = 0  # floating-point operations of the passes of the longest micro-batch
+    longest: tuple[str, tuple[Row, ...]] = "", ()  # the micro-batch with most tokens, padded ones included; its stage
     closing: Bytes = field(default_factory=dict)  # the same, when a task is closed
     evaluating: Bytes = field(default_factory=dict)
 
@@ -66,11 +71,20 @@ class Rehearsal:
 
 
 @dataclass(frozen=True)
-class Batches:
-    """The rows that take the most memory."""
+class Drawn:
+    """Micro-batches of a stage."""
 
-    train: Sequence[Row]  # the micro-batch with most tokens, padded ones included; its longest row is the first
-    others: Sequence[Sequence[Row]]  # that may take more memory: those with most tokens of their own, most to learn
+    largest: tuple[tuple[Row, ...], ...]  # with most tokens, padded ones included; most of their own; most to learn
+    typical: tuple[tuple[Row, ...], ...]  # together they have as much padding as all
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The rows that go through the model."""
+
+    draw: Callable[[str, int, Sequence[Row]], Drawn]  # of a stage: its name, how many tasks it has, its rows
+    length: Callable[[Row], Length]
+    longest: Row | None  # of all that are trained on; None: there are none
     test: Sequence[Row]  # answered together; none where nothing is measured
 
 
@@ -136,6 +150,7 @@ class _Run:
         self.method: Combined = build_method(config.method_parts())
         self.method.attach(self.pool, backbone)
         self.found = Rehearsal()
+        self._largest: list[tuple[int, tuple[Row, ...]]] = [(0, ())] * 3  # of all stages, as in Drawn
 
     @contextmanager
     def _made_here(self) -> Iterator[None]:
@@ -157,14 +172,14 @@ class _Run:
             heaviest += [one for one in learned if not one[1].is_new][-1:]
         for task, placement in heaviest:
             on_stage(f"{task.name}, the longest batch")
-            for rows in (self.batches.train, *self.batches.others):
+            for rows in dict.fromkeys(rows for _, rows in self._largest):
                 found.training = _larger(found.training, self._train(task, placement, rows))
         return found
 
     # --- learning
 
     def _learn(self, task: Task, names: Sequence[str]) -> Placement:
-        """One stage, with one step on the longest batch."""
+        """One stage, with a step on each typical micro-batch."""
         live, found, method = self.live, self.found, self.method
         with live.part(METHOD):
             placement = method.open_task(self._lean(task))
@@ -172,9 +187,10 @@ class _Run:
             with live.part(ADAPTERS), self._made_here():
                 self.pool.add(placement.adapter, start=placement.start)
         rows = tuple(row for row in method.feed(task.train, placement) if self.fits(row))
+        drawn = self.batches.draw("+".join(names), len(names), rows)
+        self._remember("+".join(names), drawn)
         with self._begun(task, placement, rows) as (parameters, optimizer):
-            flops, flops_once = self._step(self.batches.train, parameters, optimizer)
-            found.flops = max(found.flops, flops)
+            passes, once = zip(*(self._step(batch, parameters, optimizer) for batch in drawn.typical), strict=True)
             found.optimizer = max(found.optimizer, live.now.get(OPTIMIZER, 0))
         del optimizer
         own = self.pool.projector_parameters(placement.adapter)
@@ -183,8 +199,26 @@ class _Run:
         self._close(task)
         state = [value for value in method.state_dict().values() if isinstance(value, torch.Tensor)]
         size = sum(value.nbytes for value in state)
-        found.stages.append(StageRehearsed(tuple(names), placement, rows, size, flops_once))
+        tokens = sum(self.batches.length(row).total for batch in drawn.typical for row in batch)
+        found.stages.append(StageRehearsed(tuple(names), placement, rows, size, sum(passes), tokens, max(once)))
         return placement
+
+    def _remember(self, name: str, drawn: Drawn) -> None:
+        """The micro-batches of a stage, where they are larger than those of all stages before."""
+        lengths = [[self.batches.length(row) for row in rows] for rows in drawn.largest]
+        prompts = [self.backbone.reader.encode(row).prompt for row in drawn.largest[1]]
+        columns = zip(*prompts, strict=False)
+        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))  # passed once (packing.py)
+        sizes = (
+            len(lengths[0]) * max(length.total for length in lengths[0]),
+            sum(length.total for length in lengths[1]) - (len(prompts) - 1) * shared,
+            sum(length.answer for length in lengths[2]),
+        )
+        for i, (size, rows) in enumerate(zip(sizes, drawn.largest, strict=True)):
+            if size > self._largest[i][0]:
+                self._largest[i] = size, rows
+                if i == 0:
+                    self.found.longest = name, rows
 
     def _train(self, task: Task, placement: Placement, rows: Sequence[Row]) -> Bytes:
         """A stage again, behind all others: a step on one of the largest batches, when the optimizer has its states."""
@@ -216,12 +250,12 @@ class _Run:
             training = Training(
                 self._seen_by(leaf, task),
                 placement,
-                rows if isinstance(leaf, EpisodicMemory) else self.batches.train[:1],
+                rows if isinstance(leaf, EpisodicMemory) else self._longest,
                 parameters,
                 self.pool.model,
                 optimizer,
                 total_steps=_STEPS,
-                examples_per_gradient=len(self.batches.train)
+                examples_per_gradient=min(self.arguments.per_device_train_batch_size, len(rows))
                 * self.arguments.gradient_accumulation_steps
                 * self.processes,
             )
@@ -239,7 +273,11 @@ class _Run:
         return task if isinstance(leaf, EpisodicMemory) else self._lean(task)
 
     def _lean(self, task: Task) -> Task:
-        return replace(task, train=tuple(self.batches.train[:1]))
+        return replace(task, train=self._longest)
+
+    @property
+    def _longest(self) -> tuple[Row, ...]:
+        return () if self.batches.longest is None else (self.batches.longest,)
 
     def _step(
         self, rows: Sequence[Row], parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
@@ -324,19 +362,20 @@ def deeper(first: Rehearsal, second: Rehearsal, more: float) -> Rehearsal:
     def line(one: Bytes, other: Bytes) -> Bytes:
         return _extrapolated(one, other, more)
 
-    names = ("projector", "optimizer", "flops")
+    names = ("projector", "optimizer")
     numbers = line({name: getattr(first, name) for name in names}, {name: getattr(second, name) for name in names})
     states = []
     for early, late in zip(first.stages, second.stages, strict=True):
-        sizes = line(*({"state": one.state, "flops_once": one.flops_once} for one in (early, late)))
-        states.append(replace(late, state=sizes["state"], flops_once=sizes["flops_once"]))
+        counts = ("state", "flops", "flops_once")
+        sizes = line(*({name: getattr(one, name) for name in counts} for one in (early, late)))
+        states.append(replace(late, state=sizes["state"], flops=sizes["flops"], flops_once=sizes["flops_once"]))
     return Rehearsal(
         stages=states,
         adapters=line(first.adapters, second.adapters),
         projector=numbers["projector"],
         optimizer=numbers["optimizer"],
         training=line(first.training, second.training),
-        flops=numbers["flops"],
+        longest=second.longest,
         closing=line(first.closing, second.closing),
         evaluating=line(first.evaluating, second.evaluating),
     )
