@@ -5,9 +5,10 @@
     python bench/matrix.py --dtype float32 --rows 8 --steps 4     # the proof without bfloat16's rounding
 
 The plain way: after every stage, every cell of the row is answered again, with PEFT's adapters as they are loaded and
-one `generate` call a batch. It gets lcia's routing for nothing, its prompts sorted by length in batches of the same
-size, and lcia's attention; its clock counts answering alone, lcia's also routing, scores and files. Both run from
-scratch, each in a process of its own, in turns; the faster round counts.
+one `generate` call a batch, the prompts in their order, with the attention that transformers takes. It gets lcia's
+routing for nothing and batches of the same size; its clock counts answering alone, lcia's also routing, scores and
+files. `helped` gets its prompts sorted by length and lcia's attention, too. All run from scratch, each in a process of
+its own, in turns; the fastest round counts.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ SETTINGS: dict[str, Any] = {
     "lora_r": 16,
     "max_new_tokens": 12,
 }
+
+
+# The others read what lcia has answered.
+WAYS = {"lcia": "--by-lcia", "plain": "--by-hand", "helped": "--by-helped-hand"}
 
 
 def trained(folder: Path, model: str, dtype: str, steps: int, rows: int) -> Path:
@@ -66,7 +71,7 @@ def by_lcia(run: Path) -> dict[str, Any]:
     }
 
 
-def by_hand(run: Path) -> dict[str, Any]:
+def by_hand(run: Path, helped: bool) -> dict[str, Any]:
     """The same cells with transformers and PEFT; counts the predictions that differ from lcia's."""
     import torch
     from peft import PeftModel
@@ -80,7 +85,8 @@ def by_hand(run: Path) -> dict[str, Any]:
     config = frozen_config(folder)
     stream = current_stream(folder, config)
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-    reader, attention = backbone.reader, backbone.model.config._attn_implementation
+    reader = backbone.reader
+    attention = {"attn_implementation": backbone.model.config._attn_implementation} if helped else {}
     generation, dtype, device = (getattr(backbone.model, name) for name in ("generation_config", "dtype", "device"))
     del backbone
     prompts = {task.name: {row.id: reader.encode_prompt(row).prompt for row in task.test} for task in stream}
@@ -88,9 +94,7 @@ def by_hand(run: Path) -> dict[str, Any]:
     seconds, differing, answered, cells, written = 0.0, 0, 0, 0, 0
     stages = [None, *(record["stage"] for record in folder.records("stage_learned"))]
     for number, stage in enumerate(stages):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            find_model(config.model), dtype=dtype, attn_implementation=attention
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(find_model(config.model), dtype=dtype, **attention)
         model.generation_config = generation
         for adapter in sorted((run / "history" / str(stage)).glob("*/adapter_config.json")):
             name = adapter.parent.name
@@ -108,7 +112,8 @@ def by_hand(run: Path) -> dict[str, Any]:
                 elif isinstance(model, PeftModel):
                     raise SystemExit(f"{file}: answered by the base model, for which an adapter would have to be off")
                 mine = [record for record in records if record["group"] == group]
-                mine.sort(key=lambda record: len(prompts[file.stem][record["id"]]))
+                if helped:
+                    mine.sort(key=lambda record: len(prompts[file.stem][record["id"]]))
                 for start in range(0, len(mine), config.per_device_eval_batch_size):
                     batch = mine[start : start + config.per_device_eval_batch_size]
                     ids = [prompts[file.stem][record["id"]] for record in batch]
@@ -150,37 +155,38 @@ def in_own_process(way: str, run: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(run: Path, rounds: int = 2) -> dict[str, Any]:
-    """Both ways, in turns: {lcia, plain: the faster round of each, ratio}."""
+def measure(run: Path, rounds: int = 2) -> dict[str, dict[str, Any]]:
+    """All ways, in turns: {lcia, plain, helped: the fastest round of each}."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
-        for way in ("--by-lcia", "--by-hand"):  # the second reads what the first has answered
+        for way in WAYS.values():
             result = in_own_process(way, run)
             if way not in found or result["seconds"] < found[way]["seconds"]:
                 found[way] = result
-    ours, theirs = found["--by-lcia"], found["--by-hand"]
-    if ours["cells"] != theirs["cells"]:
-        raise SystemExit(f"lcia measured {ours['cells']} cells, the plain way {theirs['cells']}")
-    for one in found.values():
-        one["predictions_per_s"] = theirs["predictions"] / one["seconds"]
-        one["answer_tokens_per_s"] = theirs["answer_tokens"] / one["seconds"]
-    return {"lcia": ours, "plain": theirs, "ratio": theirs["seconds"] / ours["seconds"]}
+    named = {name: found[way] for name, way in WAYS.items()}
+    ours, plain = named["lcia"], named["plain"]
+    for name, one in named.items():
+        if one["cells"] != ours["cells"]:
+            raise SystemExit(f"lcia measured {ours['cells']} cells, {name} {one['cells']}")
+        one["predictions_per_s"] = plain["predictions"] / one["seconds"]
+        one["answer_tokens_per_s"] = plain["answer_tokens"] / one["seconds"]
+        one["ratio"] = one["seconds"] / ours["seconds"]
+    return named
 
 
-def table(found: dict[str, Any]) -> str:
-    ours, theirs = found["lcia"], found["plain"]
-    return "\n".join(
-        [
-            "| | lcia is faster by | seconds | cells | answered | predictions/s | answer tokens/s | peak GiB |",
-            "|---|---|---|---|---|---|---|---|",
-            f"| lcia | 1.00x | {ours['seconds']:.1f} | {ours['cells']} | {ours['answered']} lists of prompts "
-            f"| {ours['predictions_per_s']:.1f} | {ours['answer_tokens_per_s']:.0f} | {ours['peak_gib']:.1f} |",
-            f"| plain | {found['ratio']:.2f}x | {theirs['seconds']:.1f} | {theirs['cells']} | all "
-            f"| {theirs['predictions_per_s']:.1f} | {theirs['answer_tokens_per_s']:.0f} | {theirs['peak_gib']:.1f} |",
-            "",
-            f"{theirs['differing']} of {theirs['predictions']} predictions differ.",
-        ]
-    )
+def table(found: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| | lcia is faster by | seconds | cells | lists answered | predictions/s | answer tokens/s | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        lines.append(
+            f"| {name} | {one['ratio']:.2f}x | {one['seconds']:.1f} | {one['cells']} | {one.get('answered', 'all')} "
+            f"| {one['predictions_per_s']:.1f} | {one['answer_tokens_per_s']:.0f} | {one['peak_gib']:.1f} |"
+        )
+    others = [one for name, one in found.items() if name != "lcia"]
+    differing = " and ".join(f"{one['differing']:,}" for one in others)
+    return "\n".join([*lines, "", f"{differing} of {others[0]['predictions']:,} predictions differ from lcia's."])
 
 
 if __name__ == "__main__":
@@ -191,15 +197,18 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--by-hand", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--by-lcia", type=Path, help=argparse.SUPPRESS)
+    for way in WAYS.values():
+        parser.add_argument(way, type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.by_hand or chosen.by_lcia:
+    if chosen.by_lcia or chosen.by_hand or chosen.by_helped_hand:
         if chosen.by_lcia:
             start_again_without_small_caches()  # as the command does
         from lcia.results import peak_memory_mib
 
-        result = by_hand(chosen.by_hand) if chosen.by_hand else by_lcia(chosen.by_lcia)
+        if chosen.by_lcia:
+            result = by_lcia(chosen.by_lcia)
+        else:
+            result = by_hand(chosen.by_hand or chosen.by_helped_hand, helped=chosen.by_hand is None)
         print(json.dumps({**result, "peak_gib": peak_memory_mib() / 1024}))
         sys.exit()
     with tempfile.TemporaryDirectory() as place:

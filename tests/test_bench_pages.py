@@ -39,14 +39,14 @@ def test_the_tests_it_names_are_there(text: str) -> None:
 
 def test_losses_and_predictions_were_the_peers(found: dict[str, Any]) -> None:
     assert all(one["difference"] <= 1e-4 for one in found["training"].values())
-    assert found["proof"]["plain"]["differing"] == 0
+    assert all(one["differing"] == 0 for name, one in found["proof"].items() if name != "lcia")
     assert all(one["changed"] == 0 for one in found["growth"])
 
 
 def test_the_readme_has_its_ratios(found: dict[str, Any]) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     training = found["training"]
-    for ratio in (training["trainer"]["ratio"], training["trainer-eager"]["ratio"], found["matrix"]["ratio"]):
+    for ratio in (training["trainer"]["ratio"], training["trainer-eager"]["ratio"], found["matrix"]["plain"]["ratio"]):
         assert f"{ratio:.1f} times" in readme
 
 
