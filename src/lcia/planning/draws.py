@@ -41,27 +41,25 @@ def draw(
     answers = np.array([*(length(row).answer for row in rows), 0])
     draws = np.random.default_rng(stable_seed(seed, name, "plan"))
     wanted = min(_TIMES * steps * arguments.gradient_accumulation_steps * processes, _MOST)
-    best: list[tuple[int, Sequence[int]]] = [(0, ())] * 3
-    typical: list[Sequence[int]] = []
-    for done in range(0, wanted, count):
+    epochs = []
+    for _ in range(math.ceil(wanted / count)):
         order = draws.permutation(len(rows))
         if processes > 1:  # accelerate fills the last one with the first rows
             order = np.resize(order, count * size)
-        chosen = np.full(count * size, len(rows))  # no row: of no tokens
-        chosen[: len(order)] = order[: count * size]
-        chosen = chosen.reshape(count, size)[: wanted - done]
-        of_rows = tokens[chosen]
-        padded = (chosen < len(rows)).sum(axis=1) * of_rows.max(axis=1)
-        for i, sizes in enumerate((padded, of_rows.sum(axis=1), answers[chosen].sum(axis=1))):
-            most = int(sizes.argmax())
-            if sizes[most] > best[i][0]:
-                best[i] = int(sizes[most]), chosen[most].tolist()
-        if not typical:
-            last = len(chosen) - 1
-            thirds = sorted({round(last / 6), round(last / 2), round(5 * last / 6)})  # the middle one of each
-            typical = chosen[padded.argsort(kind="stable")[thirds]].tolist()
+        epoch = np.full(count * size, len(rows))  # no row: of no tokens
+        epoch[: len(order)] = order[: count * size]
+        epochs.append(epoch.reshape(count, size))
+    batches = np.concatenate(epochs)[:wanted]
+    own = tokens[batches]
+    padded = (batches < len(rows)).sum(axis=1) * own.max(axis=1)
+    largest = [sizes.argmax() for sizes in (padded, own.sum(axis=1), answers[batches].sum(axis=1))]
+    # Drawn with chances in proportion to their size, a sum over all is estimated by the mean share of size, whether
+    # padding is part of it or not.
+    order = padded.argsort(kind="stable")
+    upto = padded[order].cumsum()
+    typical = order[np.searchsorted(upto, upto[-1] * np.array([1, 3, 5]) / 6)]
 
-    def rows_of(batch: Sequence[int]) -> tuple[Row, ...]:
-        return tuple(rows[i] for i in batch if i < len(rows))
+    def rows_of(batch: int) -> tuple[Row, ...]:
+        return tuple(rows[i] for i in batches[batch] if i < len(rows))
 
-    return Drawn(tuple(rows_of(batch) for _, batch in best), tuple(map(rows_of, typical)))
+    return Drawn(tuple(map(rows_of, largest)), tuple(map(rows_of, typical)), float(padded.mean()))

@@ -273,7 +273,7 @@ def plan_run(
         tasks=tuple(_task(task, found, rows, len(_answered(task, config))) for task in stream),
         stages=stages,
         evaluations=count_evaluations([task.name for task in stream], found.stages, changes),
-        flops=_flops(found, stages, gpus or 1) + (0 if init is None else init.plan.flops) if stages else None,
+        flops=_flops(found, stages, config, gpus or 1) + (0 if init is None else init.plan.flops) if stages else None,
         tflops=tflops,
         measured=measured,
         notes=tuple(_notes(config, method, stream, rows, gpus)),
@@ -307,7 +307,7 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     plan = InitPlan(
         tasks=tuple(_task(task, found, rows, eval_rows=0) for task in stream),
         stage=stages[0],
-        flops=_flops(found, stages, gpus or 1),
+        flops=_flops(found, stages, own, gpus or 1),
         train_batch=longest,
         training=Moment.of(found.training),
         devices=_devices(gpus, found, method, weights, config),
@@ -443,15 +443,14 @@ def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows)
     )
 
 
-def _flops(found: Rehearsal, stages: Sequence[StagePlan], processes: int) -> int:
-    """Of all training, at the rate of typical micro-batches of each stage per token of their own.
+def _flops(found: Rehearsal, stages: Sequence[StagePlan], config: RunConfig, processes: int) -> int:
+    """Of all training.
 
     What a step does once is done by every process (docs/concepts/processes.md).
     """
     both = list(zip(stages, found.stages, strict=True))
-    passes = sum(stage.tokens * part.flops / part.tokens for stage, part in both)
-    once = sum(stage.steps * part.flops_once for stage, part in both)
-    return round(passes + once * processes)
+    each = config.gradient_accumulation_steps
+    return sum(stage.steps * processes * (each * part.flops + part.flops_once) for stage, part in both)
 
 
 # --- memory

@@ -46,8 +46,7 @@ class StageRehearsed:
     placement: Placement
     rows: tuple[Row, ...]  # trained on: those of the tasks, and what the method adds
     state: int  # bytes that the method carries on after it
-    flops: int  # floating-point operations of the passes of typical micro-batches
-    tokens: int  # of these, padding not counted
+    flops: int  # floating-point operations of a micro-batch's passes, on average
     flops_once: int  # of a step behind its micro-batches' passes: agem's reference gradient
 
 
@@ -75,7 +74,8 @@ class Drawn:
     """Micro-batches of a stage."""
 
     largest: tuple[tuple[Row, ...], ...]  # with most tokens, padded ones included; most of their own; most to learn
-    typical: tuple[tuple[Row, ...], ...]  # together they have as much padding as all
+    typical: tuple[tuple[Row, ...], ...]  # with chances in proportion to their tokens, padded ones included
+    padded: float  # of these tokens a micro-batch has so many on average
 
 
 @dataclass(frozen=True)
@@ -199,26 +199,31 @@ class _Run:
         self._close(task)
         state = [value for value in method.state_dict().values() if isinstance(value, torch.Tensor)]
         size = sum(value.nbytes for value in state)
-        tokens = sum(self.batches.length(row).total for batch in drawn.typical for row in batch)
-        found.stages.append(StageRehearsed(tuple(names), placement, rows, size, sum(passes), tokens, max(once)))
+        shares = [flops / self._padded(batch) for flops, batch in zip(passes, drawn.typical, strict=True)]
+        flops = round(drawn.padded * sum(shares) / len(shares))
+        found.stages.append(StageRehearsed(tuple(names), placement, rows, size, flops, max(once)))
         return placement
 
     def _remember(self, name: str, drawn: Drawn) -> None:
         """The micro-batches of a stage, where they are larger than those of all stages before."""
-        lengths = [[self.batches.length(row) for row in rows] for rows in drawn.largest]
+        _, own, answers = ([self.batches.length(row) for row in rows] for rows in drawn.largest)
         prompts = [self.backbone.reader.encode(row).prompt for row in drawn.largest[1]]
         columns = zip(*prompts, strict=False)
         shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))  # passed once (packing.py)
         sizes = (
-            len(lengths[0]) * max(length.total for length in lengths[0]),
-            sum(length.total for length in lengths[1]) - (len(prompts) - 1) * shared,
-            sum(length.answer for length in lengths[2]),
+            self._padded(drawn.largest[0]),
+            sum(length.total for length in own) - (len(prompts) - 1) * shared,
+            sum(length.answer for length in answers),
         )
         for i, (size, rows) in enumerate(zip(sizes, drawn.largest, strict=True)):
             if size > self._largest[i][0]:
                 self._largest[i] = size, rows
                 if i == 0:
                     self.found.longest = name, rows
+
+    def _padded(self, rows: Sequence[Row]) -> int:
+        """Tokens of a micro-batch, padded ones included."""
+        return len(rows) * max(self.batches.length(row).total for row in rows)
 
     def _train(self, task: Task, placement: Placement, rows: Sequence[Row]) -> Bytes:
         """A stage again, behind all others: a step on one of the largest batches, when the optimizer has its states."""
