@@ -101,8 +101,8 @@ def _beginnings(device: torch.device) -> str:
     if device.type == "cuda":
         where += f" and {prefix.LEAST_ON_GPU:,}"
     return (
-        f"computed once for all rows {where} (not with windowed attention, encoder-decoders, rows with weights of "
-        "their own; of models with images: LLaVA's)"
+        f"computed once for all rows {where} (not with windowed attention, FSDP2, encoder-decoders, rows with "
+        "weights of their own; of models with images: LLaVA's)"
     )
 
 

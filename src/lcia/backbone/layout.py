@@ -225,7 +225,7 @@ class VisionLanguage(DecoderOnly):
 
     def _shares(self, config: Any) -> tuple[bool, int | None]:
         """What stands before the first image; some models let the tokens of a prompt see each other."""
-        return config.model_type == "llava", config.image_token_id
+        return (True, config.image_token_id) if config.model_type == "llava" else (False, None)
 
     def _filled(
         self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
