@@ -17,7 +17,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About an hour; nothing else may run meanwhile.
+# About 70 minutes; nothing else may run meanwhile.
 bench: $(STAMP)
 	$(BIN)/python bench/all.py
 

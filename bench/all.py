@@ -1,6 +1,6 @@
 """`make bench`: everything that is measured, in one run on one machine, as one page.
 
-    python bench/all.py                 # about an hour on 2 CPU cores; results/bench.md and results/bench.json
+    python bench/all.py                 # about 70 minutes on 2 CPU cores; results/bench.md and results/bench.json
     python bench/all.py --smoke         # the same with a tiny model and little of everything: does it run?
     python bench/all.py --out DIR
 

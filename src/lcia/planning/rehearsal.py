@@ -255,7 +255,7 @@ class _Run:
             training = Training(
                 self._seen_by(leaf, task),
                 placement,
-                rows if isinstance(leaf, EpisodicMemory) else self._longest,
+                rows if isinstance(leaf, EpisodicMemory) else self._longest_row,
                 parameters,
                 self.pool.model,
                 optimizer,
@@ -278,10 +278,10 @@ class _Run:
         return task if isinstance(leaf, EpisodicMemory) else self._lean(task)
 
     def _lean(self, task: Task) -> Task:
-        return replace(task, train=self._longest)
+        return replace(task, train=self._longest_row)
 
     @property
-    def _longest(self) -> tuple[Row, ...]:
+    def _longest_row(self) -> tuple[Row, ...]:
         return () if self.batches.longest is None else (self.batches.longest,)
 
     def _step(
