@@ -223,7 +223,8 @@ def test_the_callback_in_two_processes_is_that_of_one(kind: str, tmp_path: Path)
     alone, together = (load_file(tmp_path / run / "found.safetensors") for run in ("one", "two"))
     assert alone.keys() == together.keys()
     for key, value in alone.items():
-        assert torch.allclose(together[key], value, rtol=0, atol=1e-6), key
+        is_average = not key.startswith("importance/")  # which is no number near one
+        assert torch.allclose(together[key], value, rtol=0 if is_average else 1e-5, atol=1e-6), key
     kept = [load_file(tmp_path / run / "checkpoint-3" / "ema.safetensors") for run in ("one", "two")]
     averages = [key for key in kept[0] if key.startswith("average/")]
     assert averages
