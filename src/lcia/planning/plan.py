@@ -25,7 +25,7 @@ from lcia.planning.lengths import Lengths
 from lcia.planning.live import Bytes
 from lcia.planning.outline import depth_of, outline, place
 from lcia.planning.parts import BASE, BUCKETS, GATHERED, METHOD, OPTIMIZER, PARTS, SHARDED
-from lcia.planning.rehearsal import Batches, Drawn, Rehearsal, StageRehearsed, deeper, rehearse
+from lcia.planning.rehearsal import Batches, Drawn, Rehearsal, StageRehearsed, arguments_of, deeper, rehearse
 from lcia.planning.timing import Measured, measure_steps
 from lcia.progress import Reporter
 from lcia.results import method_name
@@ -354,7 +354,7 @@ class _Rows:
 
 
 def _batches(stream: Stream, rows: _Rows, test: Sequence[Row], config: RunConfig, processes: int) -> Batches:
-    arguments = _arguments(config)
+    arguments = arguments_of(config)
 
     def of_stage(name: str, tasks: int, trained: Sequence[Row]) -> Drawn:
         steps = _steps(len(trained), tasks, arguments, config, processes)
@@ -412,11 +412,6 @@ def _task(task: Task, found: Rehearsal, rows: _Rows, eval_rows: int) -> TaskPlan
     )
 
 
-def _arguments(config: RunConfig) -> TrainingArguments:
-    values = {"report_to": "none", **config.training_arguments()}
-    return TrainingArguments(output_dir=config.output_dir, **values)
-
-
 def _steps(rows: int, tasks: int, arguments: TrainingArguments, config: RunConfig, processes: int) -> int:
     """Optimizer steps of a stage."""
     limit = config.max_steps * tasks if config.max_steps > 0 else -1
@@ -424,7 +419,7 @@ def _steps(rows: int, tasks: int, arguments: TrainingArguments, config: RunConfi
 
 
 def _stages(found: Rehearsal, config: RunConfig, processes: int, lengths: _Rows) -> tuple[StagePlan, ...]:
-    arguments = _arguments(config)
+    arguments = arguments_of(config)
 
     def steps(stage: StageRehearsed) -> int:
         return _steps(len(stage.rows), len(stage.tasks), arguments, config, processes)

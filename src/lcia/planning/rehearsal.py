@@ -88,6 +88,12 @@ class Batches:
     test: Sequence[Row]  # answered together; none where nothing is measured
 
 
+def arguments_of(config: RunConfig) -> TrainingArguments:
+    """The trainer's, which reports to nobody."""
+    values = {"report_to": "none", **config.training_arguments()}
+    return TrainingArguments(output_dir=config.output_dir, **values)
+
+
 def rehearse(
     config: RunConfig,
     backbone: Backbone,
@@ -143,8 +149,7 @@ class _Run:
         self.processes = processes
         self.config, self.backbone, self.batches, self.fits = config, backbone, batches, fits
         self.live, self.on_meta = live, on_meta
-        values = {"report_to": "none", **config.training_arguments()}
-        self.arguments = TrainingArguments(output_dir=config.output_dir, **values)
+        self.arguments = arguments_of(config)
         with live.part(ADAPTERS):
             self.pool: Pool = make_pool(config, backbone)
         self.method: Combined = build_method(config.method_parts())
