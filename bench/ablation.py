@@ -35,11 +35,10 @@ WAYS = {
     "attention": "eager attention on a CPU, where fused attention's backward pass is slow in bfloat16",
 }
 ANSWERING = {
-    "prefix": "what all prompts of a batch begin with is computed once",
+    "packing": "prompts in one line, what all begin with once; who has ended leaves the batch",
     "logits": "logits of the last token, asked for by index",
     "lora": WAYS["lora"],
     "sorting": "batches of like length",
-    "lengths": "within a batch, prompts of like length are passed together",
 }
 PROMPTS = 60  # a task: a batch and a half
 NEW_TOKENS = 12
@@ -51,7 +50,7 @@ def whole_logits(self: Any, model: Any, batch: Mapping[str, Any]) -> Any:
     from lcia.backbone import packing
     from lcia.backbone.layout import IGNORED
 
-    packed = self._packed(model, batch)
+    packed = self._packed(packing.of_batch, model, batch)
     if packed is not None:
         ids, positions = packed.line_of(batch["input_ids"]), packed.line_of(batch["position_ids"])
         with packing.passing(model, packed) as mask:
@@ -62,6 +61,23 @@ def whole_logits(self: Any, model: Any, batch: Mapping[str, Any]) -> Any:
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED
     return logits[:, :-1][kept].float(), targets[kept]
+
+
+class WithLogitsOfAll:
+    """A model that is never asked by index: for the last logits of one token, or for those of all."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, logits_to_keep: Any, **options: Any) -> Any:
+        if options["input_ids"].shape[1] == 1:
+            return self._model(**options, logits_to_keep=1)
+        output = self._model(**options)
+        output.logits = output.logits[:, logits_to_keep]
+        return output
 
 
 @contextlib.contextmanager
@@ -100,6 +116,7 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
 
     from lcia.adapters import AdapterPool
     from lcia.backbone import load_backbone
+    from lcia.backbone.decoding import greedy
     from lcia.config import RunConfig
     from lcia.evaluation import Decoding, generate_answers
     from lcia.machine import limit_kept_kernels
@@ -115,15 +132,18 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
     def sliced(self: Any, *arguments: Any, logits_to_keep: Any, **options: Any) -> Any:
         return generate(self, *arguments, **options, logits_to_keep=1)
 
+    def of_all(model: Any, *arguments: Any) -> Any:
+        return greedy(WithLogitsOfAll(model), *arguments)
+
     with contextlib.ExitStack() as changed:
-        if "prefix" in off:
-            changed.enter_context(without("lcia.backbone.prefix.of_batch", lambda *_: None))
-        if "logits" in off:
+        if "packing" in off:
+            changed.enter_context(without("lcia.backbone.packing.of_prompts", lambda *_: None))
+        if "logits" in off and "packing" in off:
             changed.enter_context(without("transformers.generation.utils.GenerationMixin.generate", sliced))
+        elif "logits" in off:
+            changed.enter_context(without("lcia.backbone.layout.greedy", of_all))
         if "sorting" in off:
             changed.enter_context(without("lcia.evaluation.sorted", lambda part, key=None: list(part)))
-        if "lengths" in off:
-            changed.enter_context(without("lcia.backbone.prefix.of_prompts", lambda *_: None))
         if "lora" in off:
             changed.enter_context(without("lcia.adapters.pool.use_own_forward", lambda _: None))
         pool = AdapterPool(backbone.model, {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}, model, 0)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from coin_folder import build, write
 from conftest import byte_tokenizer
 from lcia import load_stream
-from lcia.backbone import Backbone, answer_logits, collate, encode_row, layout_of, load_backbone, prefix
+from lcia.backbone import Backbone, answer_logits, collate, encode_row, layout_of, load_backbone, packing
 from lcia.backbone.chat import IGNORED
 from lcia.errors import UserError
 from lcia.methods.memory import row_from_json, row_to_json
@@ -165,13 +165,13 @@ def test_the_loss_is_the_plain_model_s(tiny_model: Path) -> None:
 
 def test_a_common_beginning_ends_before_the_first_answer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two conversations that go alike for two questions: what is computed once must not take answers in."""
-    monkeypatch.setattr(prefix, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(packing, "LEAST_SHARE", 0.0)
     backbone = load_backbone(str(tiny_model), dtype="float32")
     rows = [conversation(("how many", "two"), ("and now", "three"), ("sure", last), system="s") for last in ("y", "no")]
     batch = backbone.reader.collate([backbone.reader.encode(row) for row in rows])
-    cache = prefix.of_batch(backbone.model, batch)
-    assert cache is not None
-    assert cache.get_seq_length() == len(backbone.reader.encode(rows[0]).prompt) - 1
+    packed = packing.of_batch(backbone.model, batch)
+    assert packed is not None
+    assert packed.shared == len(backbone.reader.encode(rows[0]).prompt) - 1
     same_as_one_by_one(backbone, rows)
 
 

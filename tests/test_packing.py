@@ -11,24 +11,70 @@ from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
     DogeConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
     ModernBertDecoderConfig,
+    OPTConfig,
     PretrainedConfig,
+    Qwen2Config,
 )
 
 from lcia.adapters.experts import LoraExperts
 from lcia.backbone import answer_loss, collate, packing
 from lcia.backbone.chat import Encoded
 from lcia.backbone.layout import DECODER_ONLY
-from test_prefix import CONFIGS, ROWS, SHAPE, SHARED, gradients, model_of
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 49,
+    "pad_token_id": 0,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=49, **NO_DROPOUT),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "opt": OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
+}
+SHARED = tuple(range(1, 13))
+ROWS = [
+    Encoded((*SHARED, 20, 21, 22), (30, 49)),
+    Encoded((*SHARED, 23), (31, 32, 33, 49)),
+    Encoded((*SHARED, 24, 25, 26, 27, 28, 29, 20), (34, 49)),
+]
+
+
+def model_of(config: PretrainedConfig, attention: str = "sdpa") -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model.generation_config.pad_token_id = 0
+    return model
+
 
 TOKENS = sum(len(row.answer) for row in ROWS)
 OWN = sum(len(row) - 1 - len(SHARED) for row in ROWS)  # of a row's last token nothing is asked
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    return [weights.grad for weights in model.parameters() if weights.grad is not None]
+
+
+def rounded(tokens: int) -> int:
+    return tokens + -tokens % packing.LINE_STEP
 
 
 def alone(model: Any, rows: list[Encoded]) -> tuple[float, list[torch.Tensor]]:
@@ -44,9 +90,14 @@ def alone(model: Any, rows: list[Encoded]) -> tuple[float, list[torch.Tensor]]:
     return loss, [gradient.clone() for gradient in gradients(model)]
 
 
+@pytest.mark.parametrize("cuts", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_gradients_are_those_of_the_rows_one_by_one(name: str, attention: str) -> None:
+def test_loss_and_gradients_are_those_of_the_rows_one_by_one(
+    name: str, attention: str, cuts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cuts:  # each row of another length in a part of its own
+        monkeypatch.setattr(packing, "LEAST_PAIRS", 1)
     model = model_of(CONFIGS[name], attention)
     batch = collate(ROWS, pad_id=0)
     passed: list[int] = []
@@ -56,7 +107,7 @@ def test_loss_and_gradients_are_those_of_the_rows_one_by_one(name: str, attentio
     loss = answer_loss(model, batch, TOKENS)
     handle.remove()
     loss.backward()
-    assert passed == [len(SHARED) + OWN]
+    assert passed == [rounded(len(SHARED) + OWN)]
     assert model.config._attn_implementation == attention  # as before
     together = [gradient.clone() for gradient in gradients(model)]
     expected, right = alone(model, ROWS)
@@ -103,6 +154,19 @@ def test_under_autocast_a_line_is_what_its_rows_are() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = answer_loss(model, collate(ROWS, pad_id=0), TOKENS)
         assert loss.item() == pytest.approx(alone(model, ROWS)[0], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_eager_and_fused_attention_learn_the_same(name: str) -> None:
+    """Which of them is taken is a matter of speed."""
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = model_of(CONFIGS[name], attention)
+        loss = answer_loss(model, collate(ROWS, pad_id=0), 9)
+        loss.backward()
+        found.append([loss, *gradients(model)])
+    for eager, fused in zip(*found, strict=True):
+        torch.testing.assert_close(eager, fused, rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,6 +222,14 @@ def test_a_model_whose_attention_cannot_be_laid_out_is_given_rows(config: Pretra
     assert len(logits) == TOKENS
 
 
+def test_keys_that_follow_the_longest_position_of_a_pass_are_not_gone_on_from() -> None:
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    for kind, goes_on in (("default", True), ("dynamic", False)):
+        rope = {**plain, "rope_type": kind, **({} if goes_on else {"factor": 2.0})}
+        model = model_of(LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters=rope))
+        assert packing.sees_all_before(model) == goes_on
+
+
 def test_layers_that_are_computed_again_are_given_rows() -> None:
     batch = collate(ROWS, pad_id=0)
     model = model_of(CONFIGS["llama"]).train()
@@ -182,13 +254,31 @@ def test_where_something_is_random_each_row_draws_for_itself() -> None:
     for model in models:
         packed = packing.of_batch(model.train(), batch)
         assert packed is not None
-        assert (packed.shared, len(packed.places)) == (0, sum(len(row) - 1 for row in ROWS))
+        assert (packed.shared, len(packed.places)) == (0, rounded(sum(len(row) - 1 for row in ROWS)))
         packed = packing.of_batch(model.eval(), batch)
         assert packed is not None
         assert packed.shared == len(SHARED)
     # the dropout of a layer is asked once for the line: all rows' attention weights, and no others
     answer_loss(random.train(), batch, TOKENS).backward()
     assert all(torch.isfinite(gradient).all() for gradient in gradients(random))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=20), shared=st.integers(0, 20), least=st.integers(1, 999)
+)
+def test_every_cut_saves_enough_and_none_is_left_out(lengths: list[int], shared: int, least: int) -> None:
+    def pairs(width: int) -> int:
+        return width * (shared + width)
+
+    parts = packing.of_like_length(lengths, shared, least)
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    if len(parts) > 1:
+        assert [lengths[row] for part in parts for row in part] == sorted(lengths)
+    spent = sum(len(part) * pairs(max(lengths[row] for row in part)) for part in parts)
+    assert len(lengths) * pairs(max(lengths)) - spent >= (len(parts) - 1) * least
+    for part in parts:  # no other cut would
+        own = sorted(lengths[row] for row in part)
+        assert all(place * (pairs(own[-1]) - pairs(own[place - 1])) < least for place in range(1, len(own)))
 
 
 def test_batches_of_which_little_would_be_saved_stay_as_they_are() -> None:
@@ -199,7 +289,7 @@ def test_batches_of_which_little_would_be_saved_stay_as_they_are() -> None:
     uneven = [*even, Encoded((40, 41), (42,))]
     packed = packing.of_batch(model, collate(uneven, pad_id=0))
     assert packed is not None
-    assert (packed.shared, packed.width, len(packed.places)) == (0, 30, 5 * 30 + 2)
+    assert (packed.shared, packed.parts[0].width, len(packed.places)) == (0, 32, rounded(5 * 30 + 2))
     asked = {**collate(uneven, pad_id=0), "query": torch.zeros(6, 3)}  # rows may have weights of their own
     assert packing.of_batch(model, asked) is None
 

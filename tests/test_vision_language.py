@@ -25,7 +25,7 @@ from lcia import run
 from lcia.adapters import AdapterPool, find_projector, language_targets
 from lcia.adapters.projector import PROJECTOR_FILE, Projectors
 from lcia.answering import answer_requests
-from lcia.backbone import Backbone, answer_logits, load_backbone, packing, prefix
+from lcia.backbone import Backbone, answer_logits, load_backbone, packing
 from lcia.backbone.loading import weights_sha256
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
@@ -136,13 +136,10 @@ def test_the_text_before_the_first_image_is_read_once(models: dict[str, Path], s
     said = "the same long beginning of every one of them"
     rows = [replace(row, messages=(("system", said), *row.messages)) for row in some_rows(squares)[::2]]
     batch = backbone.reader.collate([backbone.reader.encode(row) for row in rows])
-    cache = prefix.of_batch(backbone.model, batch, backbone.model.config.image_token_id)
-    assert cache is not None
-    text = backbone.reader.encode(rows[0]).text
-    assert cache.get_seq_length() == len(backbone.tokenizer(text[: text.index(IMAGE)])["input_ids"])
     packed = packing.of_batch(backbone.model, batch, backbone.model.config.image_token_id)
     assert packed is not None
-    assert packed.shared == cache.get_seq_length()
+    text = backbone.reader.encode(rows[0]).text
+    assert packed.shared == len(backbone.tokenizer(text[: text.index(IMAGE)])["input_ids"])
     logits, _ = answer_logits(backbone.model, batch)
     alone = [answer_logits(backbone.model, backbone.reader.collate([backbone.reader.encode(row)]))[0] for row in rows]
     torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-5)

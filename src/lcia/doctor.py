@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from lcia import processes
-from lcia.backbone import BUILT_IN, cache_dir, packing, prefix, resolve_paths
+from lcia.backbone import BUILT_IN, cache_dir, packing, resolve_paths
 from lcia.machine import KERNELS_KEPT, has_glibc, joins_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
@@ -52,10 +52,9 @@ def examine() -> Findings:
         "attention": paths["attn_implementation"]
         + (": fused attention's bfloat16 backward pass is slow on a CPU" if device.type == "cpu" else ": fused"),
         "logits": "of answer tokens alone; the vocabulary's matrix is not multiplied with the prompt",
-        "training batches": _lines(),
-        "prompts' beginnings": _beginnings(device),
+        "batches": _lines(),
         "LoRA": "added in the memory of a layer's output (plain linear layers; others as PEFT does)",
-        "prompts": f"identical ones once, batches of like length, and in a batch again where it saves {_saved(device)}",
+        "prompts": "identical ones once, batches of like length; who has ended leaves the batch",
         "answers": f"{_kept_answers()} kept in the cache, by weights, prompts and decoding; a run waits for "
         "another beside it that is answering the same list (runs of one process each)",
         "image features": "of lite-llava's frozen tower: once per image (and number of threads), kept in the cache",
@@ -89,25 +88,11 @@ def _freed_memory() -> str:
 
 def _lines() -> str:
     return (
-        "in one line, without padding, and what all rows begin with once (for each row with dropout), where that "
-        f"saves {packing.LEAST_SHARE:.0%} of a batch's tokens (not with windowed or flash attention "
-        "or a model's own way of attending, activation checkpointing, noise in embeddings, encoder-decoders, rows with "
-        "weights of their own; of models with images: LLaVA's)"
+        "a batch's tokens in one line, without padding, and what all rows begin with once (in training for each row "
+        f"with dropout, and where it saves {packing.LEAST_SHARE:.0%} of the tokens); not with windowed or flash "
+        "attention or a model's own way of attending, activation checkpointing, noise in embeddings, FSDP2 (answers), "
+        "encoder-decoders, rows with weights of their own; of models with images: LLaVA's"
     )
-
-
-def _beginnings(device: torch.device) -> str:
-    where = f"where it saves {prefix.LEAST_SHARE:.0%} of a batch's tokens"
-    if device.type == "cuda":
-        where += f" and {prefix.LEAST_ON_GPU:,}"
-    return (
-        f"computed once for all rows {where} (not with windowed attention, FSDP2, encoder-decoders, rows with "
-        "weights of their own; of models with images: LLaVA's)"
-    )
-
-
-def _saved(device: torch.device) -> str:
-    return f"{prefix.LEAST_ON_GPU if device.type == 'cuda' else prefix.LEAST_ON_CPU:,} tokens of padding"
 
 
 def _kept_answers() -> str:

@@ -26,7 +26,7 @@ class LoraExperts(torch.nn.Module):
     def __init__(self, inputs: int, outputs: int, experts: int, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.rank, self.scale = rank, scale
-        self.dropout = torch.nn.Dropout(dropout)  # a module: lcia.backbone.prefix looks for those
+        self.dropout = torch.nn.Dropout(dropout)  # a module: lcia.backbone.packing looks for those
         self.router = torch.nn.Parameter(torch.empty(experts, inputs))
         self.A = torch.nn.Parameter(torch.empty(experts * rank, inputs))
         self.B = torch.nn.Parameter(torch.zeros(outputs, experts * rank))

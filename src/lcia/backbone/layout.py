@@ -21,11 +21,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
-    DynamicCache,
 )
 
-from lcia.backbone import packing, prefix
+from lcia.backbone import packing
 from lcia.backbone.chat import IGNORED, Encoded
+from lcia.backbone.decoding import greedy
 
 Batch = Mapping[str, torch.Tensor]
 _TEXT = {"input_ids", "attention_mask", "position_ids", "labels", "query"}  # what a batch holds without images
@@ -86,19 +86,16 @@ class DecoderOnly(Layout):
         is a large part of a small model's step. What all prompts begin with is computed once, and no padding.
         """
         inner = extract_model_from_parallel(model)
-        packed = self._packed(inner, batch)
-        if packed is not None:
-            with packing.passing(inner, packed) as mask:
-                logits = model(
-                    input_ids=packed.line_of(batch["input_ids"]),
-                    attention_mask=mask,
-                    position_ids=packed.line_of(batch["position_ids"]),
-                    logits_to_keep=packed.before_answers,
-                    use_cache=False,
-                    **self._shown(batch, packed.line_of),
-                ).logits  # (1, N, V)
-            return logits[0].float(), packed.targets
         labels, mask = batch["labels"], batch["attention_mask"]  # (B, A), (B, L)
+        targets = labels[:, 1:]
+        kept = targets != IGNORED
+        packed = self._packed(packing.of_batch, inner, batch)
+        if packed is not None:
+            with packing.passing(inner, packed) as whole:
+                logits = model(
+                    **self._line(batch, packed), attention_mask=whole, logits_to_keep=packed.asked, use_cache=False
+                ).logits  # (1, N, V)
+            return logits[0].float(), targets[kept]
         # As indices, not as a number: what a slice leaves is not contiguous, and torch's product of that with the
         # vocabulary matrix copies the matrix once per row.
         answers = torch.arange(mask.shape[1] - labels.shape[1], mask.shape[1], device=labels.device)
@@ -110,51 +107,40 @@ class DecoderOnly(Layout):
             **self._positions(batch["position_ids"]),
             **self._shown(batch, lambda values: values),
         ).logits  # (B, A, V)
-        targets = labels[:, 1:]
-        kept = targets != IGNORED
         return logits[:, :-1][kept].float(), targets[kept]
 
     def generate(self, model: Any, batch: Batch, max_new_tokens: int, **options: Any) -> torch.Tensor:
-        # `options` may say that rows have weights of their own: then no prefix is the same
-        cache = None if options else self._prefix(model, batch)
-        mask, shared = _behind(cache, batch)
+        # `options` may say that rows have weights of their own: then no two prompts begin alike
+        packed = None if options else self._packed(packing.of_prompts, model, batch)
+        if packed is not None:
+            return greedy(model, packed, self._line(batch, packed), max_new_tokens)
         ids = batch["input_ids"]
-        length = ids.shape[1] - shared
-        if cache is not None:  # generate wants the tokens whose keys and values it is given
-            start = int(batch["attention_mask"][0].argmax())
-            ids = torch.cat([ids[:1, start : start + shared].expand(len(ids), -1), ids[:, -length:]], dim=1)
-        if not options and "query" not in batch:  # neither are rows whose weights follow a query cut into parts
-            cache = self._filled(model, batch, ids, mask, cache)
         output = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
-            past_key_values=cache,
             logits_to_keep=torch.tensor([-1], device=ids.device),  # as indices: see `answer_logits`
-            **self._shown(batch, lambda values: values[:, -ids.shape[1] :]),
+            **self._shown(batch, lambda values: values),
             **options,
         )
         return output[:, ids.shape[1] :]
 
-    def _packed(self, model: Any, batch: Batch) -> packing.Packed | None:
-        """A training batch in one line, where that pays."""
+    def _packed(self, pack: Callable[..., packing.Packed | None], model: Any, batch: Batch) -> packing.Packed | None:
+        """A batch in one line, where that pays."""
         reads_forward, before = self._shares(model.config)
-        return packing.of_batch(model, batch, before) if reads_forward else None
+        return pack(model, batch, before) if reads_forward else None
 
-    def _prefix(self, model: Any, batch: Batch) -> DynamicCache | None:
-        """What all prompts begin with, computed once."""
-        reads_forward, before = self._shares(model.config)
-        return prefix.of_batch(model, batch, before) if reads_forward else None
+    def _line(self, batch: Batch, packed: packing.Packed) -> dict[str, Any]:
+        """What the model is given of a batch in one line."""
+        return {
+            "input_ids": packed.line_of(batch["input_ids"]),
+            "position_ids": packed.line_of(batch["position_ids"]),
+            **self._shown(batch, packed.line_of),
+        }
 
     def _shares(self, config: Any) -> tuple[bool, int | None]:
         """Whether no token sees one behind it, and the token that rows do not share, nor what follows it."""
         return True, None
-
-    def _filled(
-        self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
-    ) -> DynamicCache | None:
-        """`cache`, or one that holds all of the prompts but their last tokens, where that saves padding."""
-        return prefix.of_prompts(model, ids, mask, cache) or cache
 
     def _positions(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """The positions that the model is told."""
@@ -227,13 +213,6 @@ class VisionLanguage(DecoderOnly):
         """What stands before the first image; some models let the tokens of a prompt see each other."""
         return (True, config.image_token_id) if config.model_type == "llava" else (False, None)
 
-    def _filled(
-        self, model: Any, batch: Batch, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
-    ) -> DynamicCache | None:
-        has_images = bool(self._shown(batch, lambda values: values))
-        reads_forward, _ = self._shares(model.config)
-        return cache if has_images or not reads_forward else super()._filled(model, batch, ids, mask, cache)
-
     def _shown(self, batch: Batch, passed: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
             name: values if values.shape[:2] != batch["attention_mask"].shape else passed(values)
@@ -265,18 +244,6 @@ def layout_of(config: Any) -> Layout:
         return DECODER_ONLY
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}  # not every language model has a RoPE
     return GRID_VISION_LANGUAGE if "mrope_section" in rope else VISION_LANGUAGE
-
-
-def _behind(cache: DynamicCache | None, batch: Batch) -> tuple[torch.Tensor, int]:
-    """The mask for what stands behind the prefix in `cache`, prefix included, and the prefix's length."""
-    mask = batch["attention_mask"]
-    if cache is None:
-        return mask, 0
-    shared = cache.get_seq_length()
-    length = mask.shape[1] - shared
-    # of a row shorter than L, tokens of the prefix stand among the last ones again: not to be seen twice
-    own = (mask[:, -length:].bool() & (batch["position_ids"][:, -length:] >= shared)).long()
-    return torch.cat([mask.new_ones(len(own), shared), own], dim=1), shared
 
 
 def flush_left(values: torch.Tensor, keep: torch.Tensor, fill: int) -> torch.Tensor:
