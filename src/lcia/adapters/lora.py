@@ -3,6 +3,10 @@
 W x + s B A x (LoRA, arXiv 2106.09685). A scale s that is a power of two changes no digit, and goes to the r inner
 values instead of all outputs. The product is added to the base layer's output where that lies: the sum is float32's,
 rounded once to the dtype of the output. The rows of a batch that mixes adapters are computed as in a batch of one.
+
+When nothing is learned, a half-precision layer computes A x and B A x in its own dtype too, as servers of LoRA do: what
+that rounds is small beside the rounding of W x, where adapters merged into W would lose most of their digits. Of long
+prompts, half of the time went into the conversions.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
+from torch.nn.functional import linear
 
 
 class LoraLinear(Linear):
@@ -28,19 +33,22 @@ class LoraLinear(Linear):
             return whole
         result: torch.Tensor = self.base_layer(x)
         if rows is None:
-            return result.add_(self._added(x, active[0]))
+            return self._add(result, x, active[0])
         for name in dict.fromkeys(rows):
             if name in self.lora_A:
                 mine = [i for i, row in enumerate(rows) if row == name]
-                result[mine] = result[mine].add_(self._added(x[mine], name))
+                result[mine] = self._add(result[mine], x[mine], name)
         return result
 
-    def _added(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """s B A x, in the adapter's dtype."""
+    def _add(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        """`result`, to which s B A x is added."""
         down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        if not self.training and not torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16):
+            inner = linear(x, down.weight.to(x.dtype)).flatten(0, -2)
+            result.flatten(0, -2).addmm_(inner, up.weight.to(x.dtype).T, alpha=scale)
+            return result
         inner = down(self.lora_dropout[name](x.to(down.weight.dtype)))
-        outer: torch.Tensor = up(inner * scale) if math.frexp(scale)[0] == 0.5 else up(inner) * scale
-        return outer
+        return result.add_(up(inner * scale) if math.frexp(scale)[0] == 0.5 else up(inner) * scale)
 
 
 def use_own_forward(model: torch.nn.Module) -> None:
