@@ -37,7 +37,7 @@ WAYS = {
 ANSWERING = {
     "packing": "prompts in one line, what all begin with once; who has ended leaves the batch",
     "logits": "logits of the last token, asked for by index",
-    "lora": WAYS["lora"],
+    "lora": "LoRA in the base model's dtype, added in the output's memory (lcia.adapters.lora)",
     "sorting": "batches of like length",
 }
 PROMPTS = 60  # a task: a batch and a half
@@ -50,16 +50,15 @@ def whole_logits(self: Any, model: Any, batch: Mapping[str, Any]) -> Any:
     from lcia.backbone import packing
     from lcia.backbone.layout import IGNORED
 
-    packed = self._packed(packing.of_batch, model, batch)
-    if packed is not None:
-        ids, positions = packed.line_of(batch["input_ids"]), packed.line_of(batch["position_ids"])
-        with packing.passing(model, packed) as mask:
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        return logits[0, packed.before_answers].float(), packed.targets
-    passed = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    logits = model(**passed, use_cache=False).logits[:, -batch["labels"].shape[1] :]
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED
+    packed = self._packed(packing.of_batch, model, batch)
+    if packed is not None:
+        with packing.passing(model, packed) as mask:
+            logits = model(**self._line(batch, packed), attention_mask=mask, use_cache=False).logits
+        return logits[0, packed.asked].float(), targets[kept]
+    passed = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    logits = model(**passed, use_cache=False).logits[:, -batch["labels"].shape[1] :]
     return logits[:, :-1][kept].float(), targets[kept]
 
 

@@ -91,7 +91,8 @@ def by_hand(run: Path, helped: bool) -> dict[str, Any]:
     del backbone
     prompts = {task.name: {row.id: reader.encode_prompt(row).prompt for row in task.test} for task in stream}
     pad = reader.tokenizer.pad_token_id
-    seconds, differing, answered, cells, written = 0.0, 0, 0, 0, 0
+    seconds, differing, cells, written = 0.0, 0, 0, 0
+    answers: dict[str, str] = {}
     stages = [None, *(record["stage"] for record in folder.records("stage_learned"))]
     for number, stage in enumerate(stages):
         model: Any = AutoModelForCausalLM.from_pretrained(find_model(config.model), dtype=dtype, **attention)
@@ -129,17 +130,17 @@ def by_hand(run: Path, helped: bool) -> dict[str, Any]:
                         )
                     texts = reader.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
                     seconds += time.monotonic() - started
-                    answered += len(batch)
                     written += int((output[:, length:] != pad).sum())
-                    differing += sum(
-                        text.strip() != record["prediction"] for text, record in zip(texts, batch, strict=True)
-                    )
+                    for text, record in zip(texts, batch, strict=True):
+                        answers[f"{number}/{file.stem}/{record['id']}"] = text.strip()
+                        differing += text.strip() != record["prediction"]
     return {
         "seconds": seconds,
         "cells": cells,
-        "predictions": answered,
+        "predictions": len(answers),
         "answer_tokens": written,
         "differing": differing,
+        "answers": answers,
     }
 
 
@@ -165,6 +166,8 @@ def measure(run: Path, rounds: int = 2) -> dict[str, dict[str, Any]]:
                 found[way] = result
     named = {name: found[way] for name, way in WAYS.items()}
     ours, plain = named["lcia"], named["plain"]
+    by_hand, by_helped_hand = (named[name].pop("answers") for name in ("plain", "helped"))
+    plain["differing_from_helped"] = sum(by_hand[place] != answer for place, answer in by_helped_hand.items())
     for name, one in named.items():
         if one["cells"] != ours["cells"]:
             raise SystemExit(f"lcia measured {ours['cells']} cells, {name} {one['cells']}")
@@ -186,7 +189,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         )
     others = [one for name, one in found.items() if name != "lcia"]
     differing = " and ".join(f"{one['differing']:,}" for one in others)
-    return "\n".join([*lines, "", f"{differing} of {others[0]['predictions']:,} predictions differ from lcia's."])
+    last = (
+        f"{differing} of {others[0]['predictions']:,} predictions differ from lcia's; between the plain way and the "
+        f"helped one, {found['plain']['differing_from_helped']:,}."
+    )
+    return "\n".join([*lines, "", last])
 
 
 if __name__ == "__main__":

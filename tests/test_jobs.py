@@ -132,6 +132,16 @@ def test_more_places_than_devices_share_them_round_robin(script, job) -> None:
     assert [re.findall(r"device (\d)", log) for log in logs] == [["4"], ["7"], ["4"]]
 
 
+@pytest.mark.parametrize(("at_once", "own", "told"), [(1, None, False), (2, None, True), (2, "ACTIVE", False)])
+def test_threads_of_processes_side_by_side_let_the_others_work(script, job, monkeypatch, at_once, own, told) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    one = job("run", "fail", 0)
+    carry_out([one], partial(run_here, at_once=at_once), quiet())
+    assert ("OMP_WAIT_POLICY=PASSIVE" in one.log.read_text()) == told
+
+
 @pytest.mark.parametrize(
     ("named", "count", "found"),
     [
@@ -150,10 +160,10 @@ def test_devices_keep_the_names_they_are_visible_under(monkeypatch, named, count
     assert visible_devices() == found
 
 
-@pytest.mark.parametrize(("asked", "at_once", "each"), [(None, 1, 8), (None, 3, 2), (None, 20, 1), (5, 3, 5)])
-def test_threads_are_as_asked_or_a_share_of_what_one_run_would_have(monkeypatch, asked, at_once, each) -> None:
+@pytest.mark.parametrize(("asked", "sharers", "each"), [(None, 1, 8), (None, 3, 2), (None, 20, 1), (5, 3, 5)])
+def test_threads_are_as_asked_or_a_share_of_what_one_run_would_have(monkeypatch, asked, sharers, each) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    assert threads_each(asked, at_once) == each
+    assert threads_each(asked, sharers) == each
 
 
 def test_a_failure_stops_nobody_and_is_told(script, job, tmp_path) -> None:
@@ -647,9 +657,9 @@ def test_one_run_takes_its_threads(lcia: Run, here: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setenv("LCIA_DATA", str(here / "nothing"))
-    for arguments in (["--threads", 3], ["--jobs", 4], []):
+    for arguments in (["--threads", 3], ["--jobs", 4], []):  # of which --jobs changes nothing
         assert lcia("bench", "run", "instrdialog", *arguments)[0] == 2  # there are no data
-    assert asked == [3, 2]
+    assert asked == [3]
 
 
 # --- the whole of it, with runs that learn
@@ -670,12 +680,15 @@ def task_files(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_number_of_processes_changes_no_result(lcia: Run, task_files, tiny_model, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_number_of_processes_changes_no_result(
+    lcia: Run, task_files, tiny_model, tmp_path, monkeypatch, dtype: str
+) -> None:
     """Two runs one after the other, and the same two at a time, of which one was interrupted before."""
-    small = ["max_steps=10", "learning_rate=1e-2", "lora_r=2", "dtype=float32", f"tasks=[{', '.join(TASKS[:2])}]"]
+    small = ["max_steps=10", "learning_rate=1e-2", "lora_r=2", f"dtype={dtype}", f"tasks=[{', '.join(TASKS[:2])}]"]
     small += ["max_length=400", "max_eval_examples=4", "max_new_tokens=2", "early_stopping_patience=null"]
     command = ["bench", "run", "instrdialog", "--method", "lora", "--method", "lcia", "--data", task_files]
-    command += ["--model", tiny_model, "--threads", 1, "--json", *small]
+    command += ["--model", tiny_model, "--json", *small]
     found = {}
     for at_once in (1, 2):
         (tmp_path / str(at_once)).mkdir()
@@ -690,7 +703,8 @@ def test_the_number_of_processes_changes_no_result(lcia: Run, task_files, tiny_m
         found[at_once] = json.loads(out)["runs"]
     for one, two in zip(found[1], found[2], strict=True):
         assert one["state"] == two["state"] == "finished"
-        assert one["results"]["machine"]["threads"] == 1
+        assert one["results"]["machine"] == two["results"]["machine"]
+        assert one["results"]["machine"]["threads"] == torch.get_num_threads()
         assert one["results"]["matrix"][1][0] > one["results"]["matrix"][0][0]  # it learned something
         assert without_cost(one["results"]) == without_cost(two["results"])
         folders = [tmp_path / str(at_once) / one["run"] for at_once in (1, 2)]

@@ -466,8 +466,8 @@ def bench_run(
         int | None,
         typer.Option(
             min=1,
-            help="CPU threads of each run; the cores divided by --jobs if not given. In bfloat16 another number gives "
-            "other last digits.",
+            help="CPU threads of each run; all if not given, whatever --jobs is, and with GPUs a share for each of "
+            "them. In bfloat16 another number gives other last digits.",
         ),
     ] = None,
     ray: Annotated[
@@ -498,17 +498,17 @@ def bench_run(
     if len(runs) > 1 or ray:
         devices = [] if ray else visible_devices()
         at_once = jobs or len(devices) or 1
-        share = (threads or 1) if ray else threads_each(threads, at_once)
+        share = (threads or 1) if ray else threads_each(threads, len(devices) or 1)
         runner = run_on_ray if ray else partial(run_here, at_once=at_once, devices=devices)
         found = run_all(name, runs, share, runner, Console(stderr=True))
         _emit(as_json, found.as_dict(), *found.readable())
         if found.failures:
             raise RunsFailed(f"{len(found.failures)} of {len(runs)} runs failed; the same command goes on")
         return
-    if threads or jobs:
+    if threads:
         import torch
 
-        torch.set_num_threads(threads_each(threads, jobs or 1))
+        torch.set_num_threads(threads)
     config = runs[0].config
     with Reporter() as reporter:
         results = run_train(config, reporter)

@@ -85,7 +85,7 @@ def run_demo(folder: Path, console: Console) -> DemoResult:
         demo.append(BenchRun(config, ("train", str(folder / f"{method}.yaml"))))
     devices = visible_devices()
     at_once = _at_once(len(devices))
-    jobs = outstanding(demo, threads_each(None, at_once))
+    jobs = outstanding(demo, threads_each(None, len(METHODS)))
     if jobs:
         find_model(SETTINGS["model"])  # once for both
         for run in demo:

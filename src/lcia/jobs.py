@@ -33,6 +33,9 @@ _POLL_S = 0.1
 _GRACE_S = 10.0  # to end after an interruption; a run that is killed goes on just as well
 _LINES_SHOWN = 5  # of a job that failed
 _TAIL_BYTES = 4096
+# How a thread waits for the others of its process: it changes no result. Two runs of two threads on two cores took 72 s
+# like this, and 209 and 219 where threads wait at work; with one thread each, 64 and 69.
+_WAITING = "OMP_WAIT_POLICY"
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,15 @@ class Failure:
 Runner = Callable[[Sequence[Job]], Generator[Finished, None, None]]
 
 
-def threads_each(threads: int | None, at_once: int) -> int:
-    """Threads of one job: as asked for, else its share of those that one alone would have here."""
-    import torch  # here, as below: whoever sets both needs no torch
+def threads_each(threads: int | None, sharers: int = 1) -> int:
+    """Threads of one job: as asked for, else its share of those that one alone would have here.
 
-    return threads or max(1, torch.get_num_threads() // at_once)
+    Args:
+        sharers: how many a share is made for; never how many work at a time, on which no result may depend.
+    """
+    import torch  # here, as below: whoever says how many threads needs no torch
+
+    return threads or max(1, torch.get_num_threads() // sharers)
 
 
 def visible_devices() -> list[str]:
@@ -96,7 +103,12 @@ def run_here(jobs: Sequence[Job], at_once: int, devices: Sequence[str] = ()) -> 
         devices: GPUs, dealt out round robin to the `at_once` places: a job sees the one of its place.
     """
     waiting = deque(jobs)
-    places = [{"CUDA_VISIBLE_DEVICES": devices[i % len(devices)]} if devices else {} for i in range(at_once)]
+    places: list[dict[str, str]] = [{} for _ in range(at_once)]
+    for number, place in enumerate(places):
+        if devices:
+            place["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+        if at_once > 1 and _WAITING not in os.environ:
+            place[_WAITING] = "PASSIVE"
     at_work: list[tuple[Job, subprocess.Popen[bytes], dict[str, str]]] = []
     try:
         while waiting or at_work:

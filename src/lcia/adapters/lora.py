@@ -45,7 +45,7 @@ class LoraLinear(Linear):
         down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
         if not self.training and not torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16):
             inner = linear(x, down.weight.to(x.dtype)).flatten(0, -2)
-            result.flatten(0, -2).addmm_(inner, up.weight.to(x.dtype).T, alpha=scale)
+            result.view(len(inner), -1).addmm_(inner, up.weight.to(x.dtype).T, alpha=scale)
             return result
         inner = down(self.lora_dropout[name](x.to(down.weight.dtype)))
         return result.add_(up(inner * scale) if math.frexp(scale)[0] == 0.5 else up(inner) * scale)
