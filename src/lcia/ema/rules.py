@@ -109,10 +109,9 @@ def fisher(*, importance: Tensor, curvature: Tensor, exponent: float) -> Tensor:
     (F_old = 0) the average follows the training, where the new one needs nothing (F_new = 0) it does not move.
     Nothing to fall back from: β is in [0, 1] for any F ≥ 0, and unchanged when all F are multiplied by one number.
     """
-    total = importance + curvature
-    # 0/0 is an element nobody has needed yet: w = 0, it follows the training
-    share = importance / total.clamp_min_(torch.finfo(total.dtype).tiny)
-    return share.log_().mul_(exponent).expm1_().neg_()
+    # 1 − β of w = 1 / (1 + F_new / λF_old). 0/0 is an element nobody has needed yet: w = 0, it follows the training
+    ratio = (curvature + torch.finfo(curvature.dtype).tiny).div_(importance)
+    return ratio.log1p_().mul_(-exponent).expm1_().neg_()
 
 
 RULES: dict[str, Rule] = {
