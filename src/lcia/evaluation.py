@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lcia.adapters import Pool
+from lcia.adapters import Pool, answering
 from lcia.backbone import Encoded, Reader, layout_of, told
 from lcia.files import alone, warn_once, write_text
 from lcia.grouping import Match
@@ -31,6 +31,7 @@ class Decoding:
 
 
 @torch.no_grad()
+@answering()
 def generate_answers(
     pool: Pool,
     reader: Reader,

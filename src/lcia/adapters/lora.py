@@ -4,19 +4,34 @@ W x + s B A x (LoRA, arXiv 2106.09685). A scale s that is a power of two changes
 values instead of all outputs. The product is added to the base layer's output where that lies: the sum is float32's,
 rounded once to the dtype of the output. The rows of a batch that mixes adapters are computed as in a batch of one.
 
-When nothing is learned, a half-precision layer computes A x and B A x in its own dtype too, as servers of LoRA do: what
-that rounds is small beside the rounding of W x, where adapters merged into W would lose most of their digits. Of long
-prompts, half of the time went into the conversions.
+Where answers are given (`answering`), a half-precision layer computes A x and B A x in its own dtype too, as servers of
+LoRA do: what that rounds is small beside the rounding of W x, where adapters merged into W would lose most of their
+digits. Of long prompts, half of the time went into the conversions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
 from torch.nn.functional import linear
+
+_answering: ContextVar[bool] = ContextVar("_answering", default=False)
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Inside, nothing is learned, nor compared with what is (as by a teacher)."""
+    token = _answering.set(True)
+    try:
+        yield
+    finally:
+        _answering.reset(token)
 
 
 class LoraLinear(Linear):
@@ -43,7 +58,7 @@ class LoraLinear(Linear):
     def _add(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """`result`, to which s B A x is added."""
         down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
-        if not self.training and not torch.is_grad_enabled() and x.dtype in (torch.bfloat16, torch.float16):
+        if _answering.get() and x.dtype in (torch.bfloat16, torch.float16):
             inner = linear(x, down.weight.to(x.dtype)).flatten(0, -2)
             result.view(len(inner), -1).addmm_(inner, up.weight.to(x.dtype).T, alpha=scale)
             return result
