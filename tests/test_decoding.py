@@ -15,7 +15,7 @@ from transformers import MistralConfig, PretrainedConfig
 from lcia.backbone import answer_loss, collate, packing
 from lcia.backbone.chat import Encoded
 from lcia.backbone.layout import DECODER_ONLY
-from test_packing import CONFIGS, ROWS, SHAPE, SHARED, model_of, rounded
+from test_packing import CONFIGS, LATENT, ROWS, SHAPE, SHARED, model_of, rounded
 
 NEW = 6
 PROMPTS = [row.prompt for row in ROWS]
@@ -56,6 +56,14 @@ def passes(model: Any) -> Iterator[list[tuple[int, int]]]:
     )
     yield shapes
     handle.remove()
+
+
+def test_latent_keys_and_values_are_laid_out() -> None:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values of unlike sizes."""
+    model = outspoken(LATENT)
+    answers = together(model, PROMPTS)
+    assert answers == one_by_one(model, PROMPTS)
+    assert len({tuple(answer) for answer in answers}) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -118,6 +126,16 @@ def test_what_is_not_passed_in_one_line() -> None:
     assert packing.of_prompts(model, {**batch, "query": torch.zeros(3, 3)}) is None  # rows with weights of their own
     assert packing.of_prompts(model, collate([Encoded(PROMPTS[0], ())], pad_id=0)) is None
     assert packing.of_prompts(model, collate([Encoded((), ()), Encoded((3, 4), ())], pad_id=0)) is None
+
+
+def test_a_line_is_not_filled_with_tokens_of_images() -> None:
+    """They would be more than its images have parts."""
+    model, batch = model_of(CONFIGS["llama"]).eval(), collate([Encoded(prompt, ()) for prompt in PROMPTS], pad_id=0)
+    tokens = len(SHARED) + sum(len(prompt) - len(SHARED) for prompt in PROMPTS)
+    for image_token, length in ((PROMPTS[-1][-1], tokens), (48, rounded(tokens))):
+        packed = packing.of_prompts(model, batch, image_token)
+        assert packed is not None
+        assert len(packed.places) == length
 
 
 def test_prompts_that_are_all_the_same_keep_their_last_token() -> None:

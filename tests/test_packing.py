@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     DeepseekV3Config,
     DogeConfig,
@@ -50,6 +51,16 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**SHAPE),
     "opt": OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
 }
+LATENT = DeepseekV3Config(  # keys and values of unlike sizes
+    **SHAPE,
+    num_key_value_heads=4,
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=6,
+    first_k_dense_replace=2,
+)
 SHARED = tuple(range(1, 13))
 ROWS = [
     Encoded((*SHARED, 20, 21, 22), (30, 49)),
@@ -119,16 +130,7 @@ def test_loss_and_gradients_are_those_of_the_rows_one_by_one(
 @pytest.mark.parametrize(
     "config",
     [
-        DeepseekV3Config(  # keys and values of unlike sizes
-            **SHAPE,
-            num_key_value_heads=4,
-            kv_lora_rank=8,
-            q_lora_rank=8,
-            qk_rope_head_dim=4,
-            qk_nope_head_dim=8,
-            v_head_dim=6,
-            first_k_dense_replace=2,
-        ),
+        LATENT,
         GptOssConfig(  # sinks
             **SHAPE,
             num_key_value_heads=2,
@@ -209,6 +211,7 @@ def test_answers_between_which_nothing_is_learned_are_those_of_the_rows() -> Non
         MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=4),  # a token does not see all before it
         LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
         BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4),  # attention of its own
+        BertConfig(**{**SHAPE, "bos_token_id": 1}),  # an encoder: a token sees those behind it
         DogeConfig(**SHAPE, num_key_value_heads=2),  # its layers hide keys, too
         ModernBertDecoderConfig(
             **{**SHAPE, "bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 2}, layer_types=["full_attention"] * 2

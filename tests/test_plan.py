@@ -124,7 +124,7 @@ LIVES: dict[str, dict[str, Any]] = {
     "t5": {"method": "ewc", "attn_implementation": "sdpa", "tasks": ["colours", "paints"]},
     "llava": {"method": "lcia", "activation_checkpointing": True, "tasks": ["colours", "paints"]},
     "init": {"method": "llaca", "tasks": ["colours", "paints"], "init_max_steps": 1},
-    # half of the prompts are much longer than the others, and passed by themselves
+    # half of the prompts are much longer than the others
     "lengths": {"method": "lora"},
 }
 

@@ -54,7 +54,7 @@ def examine() -> Findings:
         "logits": "of answer tokens alone; the vocabulary's matrix is not multiplied with the prompt",
         "batches": _lines(),
         "LoRA": "added in the memory of a layer's output (plain linear layers; others as PEFT does)",
-        "prompts": "identical ones once, batches of like length; who has ended leaves the batch",
+        "prompts": "identical ones once, batches of like length; from one line, who has ended leaves the batch",
         "answers": f"{_kept_answers()} kept in the cache, by weights, prompts and decoding; a run waits for "
         "another beside it that is answering the same list (runs of one process each)",
         "image features": "of lite-llava's frozen tower: once per image (and number of threads), kept in the cache",
@@ -90,7 +90,7 @@ def _lines() -> str:
     return (
         "a batch's tokens in one line, without padding, and what all rows begin with once (in training for each row "
         f"with dropout, and where it saves {packing.LEAST_SHARE:.0%} of the tokens); not with windowed or flash "
-        "attention or a model's own way of attending, activation checkpointing, noise in embeddings, FSDP2 (answers), "
+        "attention or a model's own way of attending, activation checkpointing, noise in embeddings, "
         "encoder-decoders, rows with weights of their own; of models with images: LLaVA's"
     )
 

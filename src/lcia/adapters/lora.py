@@ -1,4 +1,4 @@
-"""A LoRA layer's own forward: PEFT's numbers, bit for bit, with fewer passes over the memory of the output.
+"""A LoRA layer's own forward: in training PEFT's numbers, bit for bit, with fewer passes over the output's memory.
 
 W x + s B A x (LoRA, arXiv 2106.09685). A scale s that is a power of two changes no digit, and goes to the r inner
 values instead of all outputs. The product is added to the base layer's output where that lies: the sum is float32's,
@@ -60,7 +60,7 @@ class LoraLinear(Linear):
         down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
         if _answering.get() and x.dtype in (torch.bfloat16, torch.float16):
             inner = linear(x, down.weight.to(x.dtype)).flatten(0, -2)
-            result.view(len(inner), -1).addmm_(inner, up.weight.to(x.dtype).T, alpha=scale)
+            result.view(-1, result.shape[-1]).addmm_(inner, up.weight.to(x.dtype).T, alpha=scale)
             return result
         inner = down(self.lora_dropout[name](x.to(down.weight.dtype)))
         return result.add_(up(inner * scale) if math.frexp(scale)[0] == 0.5 else up(inner) * scale)

@@ -24,7 +24,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lcia.backbone.chat import IGNORED
-from lcia.processes import is_sharding
 
 LEAST_SHARE = 0.05  # of a training batch's tokens: below, laying out its rows may cost what it saves
 # Lengths are rounded up: each new one leaves kernels and gaps in memory, 104 of 1,771 MiB in six tasks of SmolLM2.
@@ -92,7 +91,7 @@ def of_batch(model: Any, batch: Mapping[str, torch.Tensor], before: int | None =
     predicts[:, length - labels.shape[1] : -1] = labels[:, 1:] != IGNORED
     if not (passed | ~predicts).all():
         return None  # a prompt without a token, whose answer begins with what nothing predicts
-    return _line(mask, passed, predicts, shared)
+    return _line(batch, passed, predicts, shared, before)
 
 
 def of_prompts(model: Any, batch: Mapping[str, torch.Tensor], before: int | None = None) -> Packed | None:
@@ -105,22 +104,26 @@ def of_prompts(model: Any, batch: Mapping[str, torch.Tensor], before: int | None
         None where that would make a difference.
     """
     mask = batch["attention_mask"]
-    if len(mask) == 1 or "query" in batch or is_sharding() or not _may_be_packed(model):
-        return None  # rows may have weights of their own; sharded ones are put together for one pass
+    if len(mask) == 1 or "query" in batch or not _may_be_packed(model):
+        return None  # rows may have weights of their own
     if not mask[:, -1].all():
         return None  # a prompt without a token
     last = torch.zeros_like(mask, dtype=torch.bool)
     last[:, -1] = True
-    return _line(mask, mask.bool(), last, len(shared_tokens(batch, before)))
+    return _line(batch, mask.bool(), last, len(shared_tokens(batch, before)), before)
 
 
-def _line(mask: torch.Tensor, passed: torch.Tensor, asked: torch.Tensor, shared: int) -> Packed:
+def _line(
+    batch: Mapping[str, torch.Tensor], passed: torch.Tensor, asked: torch.Tensor, shared: int, before: int | None
+) -> Packed:
     """The tokens `passed` (B, L) of a batch, of which all rows share the first ones, and those `asked` of them."""
+    mask = batch["attention_mask"]
     first = mask.shape[1] - mask.sum(dim=1, keepdim=True) + shared  # (B, 1): where a row's own tokens begin
     own = passed & (torch.arange(mask.shape[1], device=mask.device) >= first)  # (B, L)
     start = int(first[0]) - shared
     places = torch.cat([torch.arange(start, start + shared, device=mask.device), own.flatten().nonzero()[:, 0]])
-    places = torch.cat([places, places[-1:].expand(-len(places) % LINE_STEP)])
+    if batch["input_ids"].flatten()[places[-1]] != before:  # which would be more of an image than there is
+        places = torch.cat([places, places[-1:].expand(-len(places) % LINE_STEP)])
     number = own.flatten().cumsum(0) - 1  # (B L), of own tokens
     counts = own.sum(dim=1)
     lengths = counts.tolist()
@@ -220,7 +223,9 @@ def _may_be_packed(model: Any) -> bool:
     # Layers that are computed again would be when nobody knows of the line any more. (In `vars`: of thousands of
     # modules most have no such attribute, and asking them for it takes longer than all else here.)
     return not any(
-        (model.training and vars(module).get("gradient_checkpointing")) or isinstance(module, CheckpointWrapper)
+        (model.training and vars(module).get("gradient_checkpointing"))
+        or isinstance(module, CheckpointWrapper)
+        or vars(module).get("is_causal") is False  # an encoder's, whose tokens see those behind them
         for module in decoder.modules()
     )
 
