@@ -175,9 +175,9 @@ def test_a_layer_is_w_x_plus_s_b_a_x(dtype: torch.dtype, alpha: int, names: list
 
 
 @pytest.mark.parametrize("names", [["one"], None])
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11)])
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.bfloat16, 8), (torch.float16, 11), (torch.float32, 24)])
 @given(seed=st.integers(0, 999), alpha=st.integers(1, 16))
-def test_answers_in_half_precision_round_what_is_added_as_much_as_w_x(
+def test_answers_round_what_is_added_as_much_as_w_x(
     dtype: torch.dtype, digits: int, names: list[str] | None, seed: int, alpha: int
 ) -> None:
     """The bound of an error analysis, u half a unit in the last of `digits` places: W x + b is rounded once, A, B, A x
