@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -680,9 +680,18 @@ def task_files(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Of this process, in which tests have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_number_of_processes_changes_no_result(
-    lcia: Run, task_files, tiny_model, tmp_path, monkeypatch, dtype: str
+    lcia: Run, task_files, tiny_model, tmp_path, monkeypatch, two_threads, dtype: str
 ) -> None:
     """Two runs one after the other, and the same two at a time, of which one was interrupted before."""
     small = ["max_steps=10", "learning_rate=1e-2", "lora_r=2", f"dtype={dtype}", f"tasks=[{', '.join(TASKS[:2])}]"]
@@ -694,7 +703,6 @@ def test_the_number_of_processes_changes_no_result(
         (tmp_path / str(at_once)).mkdir()
         monkeypatch.chdir(tmp_path / str(at_once))
         monkeypatch.setenv("LCIA_CACHE", str(tmp_path / f"cache{at_once}"))  # no answer is taken from the other
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # the tests' own process has one
         if at_once == 2:
             interrupt(
                 monkeypatch, bench_config("instrdialog", "lora", None, 0, str(tiny_model), str(task_files), small)

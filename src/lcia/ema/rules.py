@@ -14,6 +14,7 @@ same function serves both, which is exactly how the paper goes from Eq. 12 to Eq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,7 +111,7 @@ def fisher(*, importance: Tensor, curvature: Tensor, exponent: float) -> Tensor:
     Nothing to fall back from: β is in [0, 1] for any F ≥ 0, and unchanged when all F are multiplied by one number.
     """
     # 1 − β of w = 1 / (1 + F_new / λF_old). 0/0 is an element nobody has needed yet: w = 0, it follows the training
-    ratio = (curvature + torch.finfo(curvature.dtype).tiny).div_(importance)
+    ratio = (curvature / importance).nan_to_num_(nan=math.inf, posinf=math.inf)
     return ratio.log1p_().mul_(-exponent).expm1_().neg_()
 
 
