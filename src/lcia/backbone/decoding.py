@@ -15,12 +15,7 @@ from transformers import DynamicCache
 from lcia.backbone import packing
 
 
-def greedy(
-    model: Any,
-    packed: packing.Packed,
-    first: dict[str, Any],
-    max_new_tokens: int,
-) -> torch.Tensor:
+def greedy(model: Any, packed: packing.Packed, first: dict[str, Any], max_new_tokens: int) -> torch.Tensor:
     """The most probable token after each prefix, until one that ends an answer, or `max_new_tokens`.
 
     Args:
@@ -31,7 +26,7 @@ def greedy(
         (B, new) token ids, behind the end of an answer the padding token; which, and what ends an answer, are those of
         the model's generation_config.
     """
-    ends = torch.tensor(_ends(model), device=packed.places.device)
+    ends = torch.tensor(_ends(model), dtype=torch.long, device=packed.places.device)
     pad = model.generation_config.pad_token_id
     line = DynamicCache(config=model.config)
     with packing.passing(model, packed) as mask:

@@ -56,9 +56,10 @@ class Layout(ABC):
 
     @abstractmethod
     def generate(self, model: Any, batch: Batch, max_new_tokens: int, **options: Any) -> torch.Tensor:
-        """(B, new) token ids of the answers to a batch of prompts, by the model's own generation_config.
+        """(B, new) token ids of the greedy answers to a batch of prompts.
 
-        `options` go to the model's `generate`.
+        Of the model's generation_config only the tokens count that end an answer and pad it; there is nothing else in
+        it (`loading.py`). `options` go to the model's `generate`.
         """
 
     @abstractmethod
