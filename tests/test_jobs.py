@@ -510,8 +510,8 @@ def test_a_folder_with_another_run_is_refused(here: Path, event: str) -> None:
     (other,) = runs_of("lora", max_steps=5)
     with pytest.raises(UserError, match=r"max_steps \(began with -1, now 5\)"):
         outstanding([other], threads=1)
-    folder.confirm("stage_learned", stage="a")
-    folder.confirm("row_measured", row=1)
+    folder.confirm("stage_learned", stage="a", placements={"a": {}})
+    folder.confirm("row_measured", row=1, scores={}, routing={}, oracle={}, too_long={})
     facts = {"to": "a"} if event == "rolled_back" else {}
     folder.confirm(event, **facts)
     write_text(folder.path / "results.json", "{}")

@@ -464,7 +464,7 @@ def test_a_run_learns_an_adapter_per_task_and_finds_it_again(tiny_config) -> Non
     trained, asked = 3 * 8 * 4, {0: 0, 1: 1 * 2 * 4, 2: 2 * 3 * 4, 3: 3 * 3 * 4}
     assert results["cost"]["extra_backward_rows"] == trained
     assert results["cost"]["extra_forward_rows"] == trained + sum(asked.values())
-    stages, rows = RunFolder(folder).records("stage_learned"), RunFolder(folder).rows(names)
+    stages, rows = RunFolder(folder).records("stage_learned"), RunFolder(folder).rows()
     assert all(stage["method_cost"]["extra_forward_rows"] == 8 * 4 for stage in stages)
     assert {row: facts["method_cost"]["extra_forward_rows"] for row, facts in rows.items()} == asked
     settings = json.loads((folder / "pool" / "animals" / "method.json").read_text())

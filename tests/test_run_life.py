@@ -197,6 +197,144 @@ def test_rolled_back_is_never_learned(tiny_config, tiny_stream, tmp_path) -> Non
         rollback(tmp_path / "long", "birds", reporter)
 
 
+def write_rows(file: Path, answer: str, rows: int = 12) -> Path:
+    """A task whose requests are all answered alike."""
+    lines = [
+        {
+            "instruction": f"Say {file.stem}",
+            "input": f"item {i}",
+            "output": answer,
+            "split": ("train", "train", "train", "train", "dev", "test")[i % 6],
+        }
+        for i in range(rows)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of two tasks without a tasks.json: what lies there is the stream."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("ants", "cats"):
+        write_rows(folder / f"{name}.jsonl", name)
+    return folder
+
+
+def test_what_the_folder_gets_later_is_learned_by_extend_alone(tiny_config, data, tmp_path, capsys) -> None:
+    config = tiny_config(stream=str(data))
+    before = measure(config)
+    run = Path(config.output_dir)
+    write_rows(data / "bees.jsonl", "bees")  # between the two
+    history = sorted(path.name for path in (run / "history").iterdir())
+    assert without_cost(go_on(run)) == without_cost(before)
+    assert "not in this run: bees" in capsys.readouterr().err
+    assert sorted(path.name for path in (run / "history").iterdir()) == history
+    with Reporter() as reporter:
+        extended = extend(run, str(data / "bees.jsonl"), None, reporter)
+    assert "not in this run" not in capsys.readouterr().err
+    whole = measure(tiny_config(stream=str(data), tasks=["ants", "cats", "bees"], output_dir=str(tmp_path / "whole")))
+    assert extended["tasks"] == whole["tasks"] == ["ants", "cats", "bees"]
+    assert extended["matrix"] == whole["matrix"]
+    assert hashes(run) == hashes(tmp_path / "whole")
+    ledger = (run / "ledger.jsonl").read_text()
+    (data / "ants.jsonl").rename(data / "aunts.jsonl")
+    with pytest.raises(UserError, match="no task 'ants'"):
+        go_on(run)
+    assert (run / "ledger.jsonl").read_text() == ledger
+
+
+def test_a_task_that_comes_back_with_other_data_is_measured_anew(tiny_config, data, tmp_path) -> None:
+    """A bad data set is rolled back, corrected, and learned: also the rows before it are of the new data."""
+    dogs = write_rows(tmp_path / "dogs.jsonl", "wrong")
+    with Reporter() as reporter:
+        train(tiny_config(stream=str(data)), reporter)
+        extend(tmp_path / "run", str(dogs), None, reporter)
+        dogs.unlink()
+        rollback(tmp_path / "run", "cats", reporter)  # what goes need not be there any more
+        write_rows(dogs, "dogs", rows=24)
+        again = extend(tmp_path / "run", str(dogs), None, reporter)
+        train(tiny_config(stream=str(data), output_dir=str(tmp_path / "fresh")), reporter)
+        fresh = extend(tmp_path / "fresh", str(dogs), None, reporter)
+    assert without_cost(again) == without_cost(fresh)
+    made = [
+        {path.relative_to(tmp_path / name): path.read_text() for path in (tmp_path / name).glob("predictions/*/*")}
+        for name in ("run", "fresh")
+    ]
+    assert made[0] == made[1]
+    assert Path("predictions/0/dogs.jsonl") in made[0]
+
+
+def test_rolled_back_changes_of_groups_are_told(tiny_config, capsys) -> None:
+    config = tiny_config(tasks=["colours", "animals"])
+    measure(config)
+    with Reporter() as reporter:
+        regroup(Path(config.output_dir), "rename", "colours", "hues", "a better name", reporter)
+        back = rollback(Path(config.output_dir), "animals", reporter)
+    assert set(back["groups"].values()) == {"colours", "animals"}
+    assert "undone too: groups rename colours hues (a better name)" in capsys.readouterr().err
+
+
+def test_results_of_a_change_that_broke_off_are_not_there(tiny_config, tiny_stream, dies_after_step) -> None:
+    config = tiny_config(tasks=["colours", "animals"])
+    measure(config)
+    dies_after_step(1)
+    with pytest.raises(Killed), Reporter() as reporter:
+        extend(Path(config.output_dir), str(tiny_stream / "paints.jsonl"), None, reporter)
+    assert not (Path(config.output_dir) / "results.json").exists()
+    dies_after_step(0)
+    assert len(go_on(Path(config.output_dir))["tasks"]) == 3
+
+
+def test_what_a_user_writes_into_the_pool_harms_no_snapshot(tiny_config) -> None:
+    config = tiny_config(tasks=["colours", "animals"])
+    results = measure(config)
+    for file in (Path(config.output_dir) / "pool").rglob("*.*"):
+        with file.open("a") as opened:
+            opened.write("more")
+    assert without_cost(go_on(Path(config.output_dir))) == without_cost(results)
+    assert open_run(Path(config.output_dir)).pool.names == ["colours", "animals"]
+
+
+def test_another_number_of_processes_does_not_go_on_inside_a_task(tiny_config, dies_after_step) -> None:
+    config = tiny_config(max_steps=4, save_steps=2, tasks=["colours"])
+    dies_after_step(4)
+    with pytest.raises(Killed):
+        measure(config)
+    dies_after_step(0)
+    folder = Path(config.output_dir)
+    mark = folder / "state" / "checkpoint-2" / "complete.json"
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "processes": 8}))
+    with pytest.raises(UserError, match="written by 8 processes, and here are 1"):
+        go_on(folder)
+    shutil.rmtree(folder / "state")
+    assert go_on(folder)["tasks"] == ["colours"]
+
+
+def test_results_tell_where_a_run_went_on(tiny_config, tiny_stream, monkeypatch) -> None:
+    config = tiny_config(tasks=["colours", "animals"])
+    assert measure(config)["went_on"] == []
+    folder = Path(config.output_dir)
+    elsewhere = {"device": "cuda", "kernels": "H200", "threads": 3}
+    monkeypatch.setattr("lcia.results.machine", lambda: elsewhere)
+    assert go_on(folder)["went_on"] == []  # nothing was computed
+    with Reporter() as reporter:
+        extended = extend(folder, str(tiny_stream / "paints.jsonl"), None, reporter)
+    assert [part["machine"] for part in extended["went_on"]] == [elsewhere]
+    assert extended["machine"]["device"] == "cpu"
+    with Reporter() as reporter:
+        assert rollback(folder, "animals", reporter)["went_on"] == []
+
+
+def test_tasks_learned_at_once_have_no_new_acc_when_measured_again(tiny_config) -> None:
+    config = tiny_config(method="multi_task")
+    measure(config)
+    with Reporter() as reporter:
+        again = measure_again(Path(config.output_dir), reporter, all_rows=True)
+    assert {key for key, value in again["metrics"].items() if value is not None} == {"avg_acc"}
+
+
 def test_a_run_is_measured_again_without_being_changed(tiny_config, tmp_path) -> None:
     config = tiny_config()
     results = measure(config)
@@ -213,8 +351,12 @@ def test_a_run_is_measured_again_without_being_changed(tiny_config, tmp_path) ->
     cells = [path.relative_to(folder / "predictions") for path in folder.glob("predictions/*/*.jsonl")]
     assert len(cells) == sum(len(row["scores"]) for row in again["rows"])
     for path in cells:
-        assert (folder / "predictions" / path).read_bytes() == (folder / "evaluations" / "test" / path).read_bytes()
+        assert (folder / "predictions" / path).read_bytes() == (
+            folder / "evaluations" / "test-all-rows" / path
+        ).read_bytes()
     assert list(one["rows"][-1]["scores"]) == ["animals"]
+    kept = json.loads((folder / "evaluations" / "test-all-rows.json").read_text())
+    assert kept["matrix"] == again["matrix"]  # another question has not overwritten it
     expected = measure(tiny_config(eval_split="dev", output_dir=str(tmp_path / "dev")))
     assert dev["rows"][-1]["scores"] == dict(zip(expected["tasks"], expected["matrix"][-1], strict=True))
     assert {path: path.read_bytes() for path in before} == before

@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from lcia.backbone.images import open_image
-from lcia.config import load_config
+from lcia.config import RunConfig, load_config
 from lcia.errors import UserError
 from lcia.evaluation import Decoding, generate_answers
 from lcia.grouping import Codebook, Explanation, Router, explain
@@ -40,11 +40,16 @@ class Answer:
         return Text.assemble((self.answer, "bold"), (f"   [{who}]", "dim"))
 
 
-def user_text(request: str, instruction: str | None) -> tuple[str, str]:
-    """(what the model reads, what is routed by): `{input}\\n{instruction}`, as in training on plain rows.
+def user_text(request: str, instruction: str | None, system: str | None = None) -> tuple[str, str]:
+    """(what the model reads, what is routed by): `{input}\\n{instruction}`, as in training on plain rows; of chat rows
+    the system message is the instruction.
 
     It is not the prompt of a task with `examples`.
     """
+    if instruction is None and system is not None:
+        if not request.strip():
+            raise UserError("generate: the request is empty")
+        return request, system
     if instruction is None:
         lines = [line for line in request.splitlines() if line.strip()]
         if not lines:
@@ -58,16 +63,19 @@ def answer_requests(
     requests: Sequence[tuple[str, str | None]],
     max_new_tokens: int | None = None,
     images: Sequence[Path] = (),
+    system: str | None = None,
 ) -> list[Answer]:
     """Route each (request, instruction) by its instruction and answer it greedily.
 
     Args:
         images: shown before the text of every request.
+        system: the system message of every request, which is routed by where it has no instruction; None: the
+            configuration's.
 
     Raises:
         UserError: a request is empty or too long, an image cannot be used, or the run's model reads text only.
     """
-    texts = [user_text(request, instruction) for request, instruction in requests]
+    texts = [user_text(request, instruction, system) for request, instruction in requests]
     for path in images:
         open_image(path)  # a wrong name must not wait for the model
     session = open_run(folder)
@@ -76,7 +84,7 @@ def answer_requests(
         raise UserError(f"--image: model {session.config.model!r} of {folder} reads text only")
     shown = tuple(str(path.absolute()) for path in images)
     rows = [
-        with_system(Row("", instruction, (("user", text),), (), shown, "the request"), session.config.system)
+        with_system(Row("", instruction, (("user", text),), (), shown, "the request"), system or session.config.system)
         for text, instruction in texts
     ]
     limit = session.config.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -98,9 +106,16 @@ def answer_requests(
 
 
 def explain_task(source: Path, data: Path) -> Explanation:
-    """Which group of a run (or of a configuration's stream, once learned) would learn the rows of `data`."""
-    task = load_stream([{"name": "new_task", "path": str(data)}])[0]
-    return explain(_codebook(source), task.instructions)
+    """Which group of a run (or of a configuration's stream, once learned) would learn the rows of `data`.
+
+    They are read as `extend` would read them.
+    """
+    stream = load_stream(str(data), skip_bad_rows=_config(source).skip_bad_rows)
+    if len(stream) > 1:
+        raise UserError(
+            f"{data}: {len(stream)} tasks ({', '.join(task.name for task in stream)}); give the file of one"
+        )
+    return explain(_codebook(source), stream[0].instructions)
 
 
 @dataclass(frozen=True)
@@ -134,9 +149,14 @@ def explain_request(source: Path, request: str) -> RequestRoute:
     return RequestRoute(instruction, match.group, match.score, route_threshold, match.scores, words)
 
 
+def _config(source: Path) -> RunConfig:
+    """Of a run folder, or a configuration file."""
+    return load_config(RunFolder(source).require_run().config if source.is_dir() else source)
+
+
 def _route_threshold(source: Path) -> float:
-    config = load_config(RunFolder(source).require_run().config if source.is_dir() else source)
-    return next((float(o["route_threshold"]) for _, o in config.method_parts() if "route_threshold" in o), 0.0)
+    parts = _config(source).method_parts()
+    return next((float(o["route_threshold"]) for _, o in parts if "route_threshold" in o), 0.0)
 
 
 def _codebook(source: Path) -> Codebook:

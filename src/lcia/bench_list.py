@@ -127,12 +127,16 @@ class BenchResults:
         return [run for run in self.runs if run.name not in self.failures]
 
     def machines(self) -> dict[str, list[str]]:
-        """{device and threads: names of the runs that began there}."""
-        found: dict[str, list[str]] = {}
+        """{device, kernels and threads: names of the runs of which some was computed there}."""
+        found: dict[str, dict[str, None]] = {}
         for run in self.finished:
-            machine = _results(run)["machine"]
-            found.setdefault(f"{machine['device']}, threads: {machine['threads']}", []).append(run.name)
-        return found
+            results = _results(run)
+            for part in (results, *results.get("went_on", ())):
+                machine = part["machine"]
+                kernels = f" ({machine['kernels']})" if "kernels" in machine else ""  # older versions did not tell
+                where = f"{machine['device']}{kernels}, threads: {machine['threads']}"
+                found.setdefault(where, {})[run.name] = None
+        return {where: list(names) for where, names in found.items()}
 
     def as_dict(self) -> dict[str, Any]:
         loaded = [load_run(run.folder) for run in self.finished]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lcia.errors import UserError
 from lcia.files import file_sha256, sync_folder, write_text
-from lcia.processes import on_main
+from lcia.processes import count, on_main
 
 _MARK = "complete.json"
 _WEIGHTS = "trained.safetensors"
@@ -42,6 +42,9 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
     """The newest checkpoint of `task` below `state`, or what is wrong with those that there are.
 
     A damaged checkpoint costs time, not correctness: the task then starts again.
+
+    Raises:
+        UserError: another number of processes wrote it; the batches behind it would be others than those before.
     """
     whole: dict[int, Checkpoint] = {}
     needed: set[int] = set()  # the best epochs, to which the task may go back
@@ -50,6 +53,12 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
         facts = json.loads(mark.read_text(encoding="utf-8"))
         if facts["task"] != task:
             continue
+        then, now = facts.get("processes", count()), count()  # marks of older versions do not tell
+        if then != now:
+            raise UserError(
+                f"{mark.parent}: was written by {then} processes, and here are {now}: the rest of {task!r} would have "
+                f"other batches. Launch {then}, or remove {state}: then the task starts again"
+            )
         wrong = _altered(mark.parent, facts)
         if wrong:
             damaged.append(f"{mark.parent}: {', '.join(wrong)} is missing or was altered; the checkpoint is not used")
@@ -101,6 +110,7 @@ def mark_complete(
     sync_folder(folder)
     hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
     facts = {"task": task, "step": step, "best": best, "seconds": seconds, "log": log, "files": hashes}
+    facts["processes"] = count()
     # Not `write_json`: a loss, or a gradient's norm, may not be finite. Training goes on and tells at its end.
     write_text(folder / _MARK, json.dumps(facts) + "\n")
     sync_folder(folder.parent)

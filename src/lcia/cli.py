@@ -363,6 +363,9 @@ def generate(
     image: Annotated[
         list[Path] | None, typer.Option(help="Show this image before the request; several: repeat it.")
     ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system message, as in chat rows; without --instruction it is routed by.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
@@ -370,7 +373,7 @@ def generate(
     from lcia.answering import answer_requests
 
     text = sys.stdin.read().strip() if request == "-" else request
-    answer = answer_requests(run, [(text, instruction)], max_new_tokens, image or ())[0]
+    answer = answer_requests(run, [(text, instruction)], max_new_tokens, image or (), system)[0]
     _emit(as_json, answer.as_dict(), answer)
 
 

@@ -28,6 +28,7 @@ _OWNED_ARGUMENTS = frozenset(
         "do_eval",
         "do_predict",
         "do_train",
+        "enable_jit_checkpoint",
         "eval_on_start",
         "eval_strategy",
         "fp16",
@@ -216,6 +217,11 @@ def _check_training_arguments(config: RunConfig, where: str) -> None:
             except ValueError:
                 raise UserError(f"{where}: key {field.name!r}: {value!r} is not a number") from None
             setattr(config, field.name, values[field.name])
+    if str(values.get("optim", "")).startswith("schedule_free"):
+        raise UserError(
+            f"{where}: key 'optim': {values['optim']} trains other weights than those that should answer, and lcia "
+            "would measure the wrong ones; take adamw_torch_fused with a lr_scheduler_type"
+        )
     try:
         TrainingArguments(output_dir=config.output_dir, **values)
     except (ValueError, TypeError) as error:

@@ -118,7 +118,10 @@ class AnswerCache:
 
         @on_main
         def stored() -> list[str] | None:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            try:
+                return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            except ValueError:  # damaged: made again
+                return None
 
         @on_main
         def store(found: list[str]) -> None:

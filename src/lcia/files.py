@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -17,7 +18,8 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Write a whole file atomically and durably: temporary name, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # containers that share a folder often have equal process numbers
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)

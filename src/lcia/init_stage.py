@@ -50,9 +50,9 @@ def init_stream(config: RunConfig, reporter: Reporter) -> Stream | None:
     return stream
 
 
-def check_init(stream: Stream, config: RunConfig, backbone: Backbone) -> None:
+def check_init(stream: Stream, config: RunConfig, backbone: Backbone, reporter: Reporter) -> None:
     """Raises UserError for what would stop the Init stage once the run has begun."""
-    check_lengths(stream.tasks, backbone.reader, backbone.layout, config)
+    check_lengths(stream.tasks, backbone.reader, backbone.layout, config, reporter, measured=False)
     targets: str | Sequence[str] = config.lora_target_modules
     if backbone.layout.sees:
         targets = language_targets(backbone.model, targets)
@@ -69,16 +69,17 @@ def initialise(folder: RunFolder, config: RunConfig, backbone: Backbone, reporte
     """
     if config.init_stream is None or folder.records("init_learned"):
         return backbone
-    session = _open(RunFolder(folder.init), config, backbone)
-    tasks = session.stream.tasks
-    if not session.folder.records("stage_learned"):
-        for note in session.stream.notes:
-            reporter.done(f"  note: Init: {note}")
-        rows = sum(len(task.train) for task in tasks)
-        reporter.done(f"  Init: {len(tasks)} tasks at once, {rows} training rows")
-        learn_stage(session, tasks, reporter)
-    learned = session.folder.records("stage_learned")[0]
-    rounding, files = _merge(session)
+    with RunFolder(folder.init).lock():  # it is a run of its own, which somebody else may resume
+        session = _open(RunFolder(folder.init), config, backbone)
+        tasks = session.stream.tasks
+        if not session.folder.records("stage_learned"):
+            for note in session.stream.notes:
+                reporter.done(f"  note: Init: {note}")
+            rows = sum(len(task.train) for task in tasks)
+            reporter.done(f"  Init: {len(tasks)} tasks at once, {rows} training rows")
+            learn_stage(session, tasks, reporter)
+        learned = session.folder.records("stage_learned")[0]
+        rounding, files = _merge(session)
     made = load_backbone(str(folder.init / "model"), config.dtype, config.attn_implementation)
     reporter.done(f"  Init: merged into the base; rounding took {rounding:.1%} of the change")
     folder.confirm(
@@ -114,7 +115,7 @@ def _open(init: RunFolder, config: RunConfig, backbone: Backbone) -> Session:
         on_main(write_text)(init.config, init_config(config).as_yaml())
     own = frozen_config(init)
     stream = current_stream(init, own)
-    init.tidy([task.name for task in stream])
+    init.tidy()
     if not init.records("run_began"):
         begin(init, own, stream, backbone)
     return open_session(init, own, stream, backbone)

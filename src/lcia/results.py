@@ -17,6 +17,7 @@ from lcia.adapters import Pool, stack_members
 from lcia.config import RunConfig
 from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics
+from lcia.processes import count
 from lcia.stream import Stream
 
 _LIBRARIES = (
@@ -32,6 +33,7 @@ _LIBRARIES = (
     "rouge-score",
 )
 
+CIRCUMSTANCES = ("versions", "machine", "processes")
 _INIT = ("tasks", "train_s", "left_out", "rounding", "trained_parameters", "peak_memory_mib")
 
 
@@ -45,6 +47,7 @@ def assemble_results(
     sequential: bool,
     parameters: Mapping[str, int],
     init: Mapping[str, Any] | None = None,
+    went_on: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The document.
 
@@ -55,12 +58,10 @@ def assemble_results(
         sequential: the tasks were learned one after another; else only Avg.ACC is defined.
         parameters: see `parameter_counts`.
         init: the ledger's `init_learned` line, of a run with an Init stage.
+        went_on: the ledger's `went_on` lines: from there on it was computed elsewhere, or with other libraries.
     """
     names = [task.name for task in stream]
     matrix = [[rows[j]["scores"].get(name) if j in rows else None for name in names] for j in range(len(names) + 1)]
-    metrics: dict[str, float | None] = dict(accuracy_metrics(matrix))
-    if not sequential:  # without an order nothing is new, forgotten or transferred
-        metrics = {key: value if key == "avg_acc" else None for key, value in metrics.items()}
     final = rows[len(names)]
     groups = {name: placements[name].adapter if name in placements else None for name in names}
     averaged = {record["stage"]: record["ema"] for record in stages if record["ema"]}
@@ -77,7 +78,7 @@ def assemble_results(
         "groups": groups,
         "group_scores": {name: placement.scores for name, placement in placements.items()},
         "matrix": matrix,
-        "metrics": metrics,
+        "metrics": metrics_of(matrix, sequential),
         "routing": _routing(final, groups),
         "ema": {
             "fallback_fraction": sum(shares) / len(shares) if shares else None,
@@ -97,10 +98,16 @@ def assemble_results(
             "stored_parameters": sum(parameters.values()),
             **_method_cost([*stages, *rows.values()]),
         },
-        "versions": began["versions"],
-        "machine": began["machine"],
+        **{key: began[key] for key in CIRCUMSTANCES if key in began},  # lines of older versions tell of no processes
+        "went_on": [{key: record[key] for key in ("at", *CIRCUMSTANCES)} for record in went_on],
         "date": max(record["at"] for record in [*stages, *rows.values()]),
     }
+
+
+def metrics_of(matrix: Sequence[Sequence[float | None]], sequential: bool) -> dict[str, float | None]:
+    """The metrics of an accuracy matrix; without an order of tasks nothing is new, forgotten or transferred."""
+    metrics = dict(accuracy_metrics(matrix))
+    return {key: value if sequential or key == "avg_acc" else None for key, value in metrics.items()}
 
 
 def parameter_counts(pool: Pool) -> dict[str, int]:
@@ -147,6 +154,11 @@ def method_line(config: RunConfig) -> str:
 
 def library_versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: version(name) for name in _LIBRARIES}}
+
+
+def circumstances() -> dict[str, Any]:
+    """With what a run is computed, and by how many processes, each with a batch of its own."""
+    return {"versions": library_versions(), "machine": machine(), "processes": count()}
 
 
 def machine() -> dict[str, Any]:

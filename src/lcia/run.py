@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +18,11 @@ from lcia.files import write_json, write_text
 from lcia.init_stage import check_init, init_stream, initialise
 from lcia.learning import learn_stage
 from lcia.measuring import measure_row
-from lcia.metrics import accuracy_metrics, forgetting_by_task
+from lcia.metrics import forgetting_by_task
 from lcia.processes import on_main
 from lcia.progress import Reporter
 from lcia.remarks import remarks
-from lcia.results import assemble_results, library_versions, method_name, parameter_counts
+from lcia.results import assemble_results, circumstances, method_name, metrics_of, parameter_counts
 from lcia.run_folder import RunFolder
 from lcia.session import (
     Session,
@@ -36,6 +38,7 @@ from lcia.session import (
     frozen_config,
     load_run_stream,
     make_pool,
+    not_in_the_run,
     open_session,
     require_same_config,
 )
@@ -56,11 +59,12 @@ def train(config: RunConfig, reporter: Reporter) -> dict[str, Any]:
     init = init_stream(config, reporter)
     folder = RunFolder(config.output_dir).require_free()
     backbone = load_backbone(config.model, config.dtype, config.attn_implementation)
-    check_lengths(stream.tasks, backbone.reader, backbone.layout, config)
+    notes = check_lengths(stream.tasks, backbone.reader, backbone.layout, config, reporter)
+    stream = replace(stream, notes=(*stream.notes, *notes))
     check_target_modules(backbone, config.lora_target_modules)
     make_pool(config, backbone)  # refuses now what would not fit once the run has begun
     if init is not None:
-        check_init(init, config, backbone)
+        check_init(init, config, backbone, reporter)
     with folder.lock():
         folder.require_free()  # another process may have begun here while the model was loading
         on_main(write_text)(folder.config, config.as_yaml())
@@ -76,6 +80,7 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
         config = frozen_config(folder)
         check_sharding(config)
         stream = current_stream(folder, config, reporter)
+        stream = replace(stream, notes=(*stream.notes, *not_in_the_run(config, stream)))
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
         if not folder.records("run_began"):  # interrupted before its first line
             begin(folder, config, stream, backbone)
@@ -118,7 +123,7 @@ def extend(
             raise UserError(f"{path}: task {min(taken)!r} was learned already; a new task needs a name of its own")
         check_images(added, config.model, reporter)
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
-        check_lengths(added.tasks, backbone.reader, backbone.layout, config)
+        notes = check_lengths(added.tasks, backbone.reader, backbone.layout, config, reporter)
         session = open_session(folder, config, stream, backbone)
         stages = session.method.schedule(stream.tasks)
         if session.method.schedule((*stream.tasks, *added.tasks))[: len(stages)] != stages:
@@ -128,14 +133,13 @@ def extend(
             if task.name in groups:
                 raise UserError(f"{path}: a group is called {task.name!r} already; give the new task another name")
         session.stream = session.fitted(
-            Stream(stream.name, (*stream.tasks, *added.tasks), (*stream.notes, *added.notes))
+            Stream(stream.name, (*stream.tasks, *added.tasks), (*stream.notes, *added.notes, *notes))
         )
         folder.confirm(
             "extended",
             source=source,
             tasks=[task.name for task in added],
             **data_facts(added.tasks),
-            versions=library_versions(),
         )
         return finish(session, reporter)
 
@@ -156,11 +160,18 @@ def rollback(path: Path, to: str, reporter: Reporter) -> dict[str, Any]:
         }
         if to not in stages:
             raise UserError(f"{path}: no task {to!r} to go back to; learned one by one: {', '.join(stages) or 'none'}")
-        folder.check_snapshot(stages[to])  # once confirmed there is no way back
+        # once confirmed there is no way back
+        folder.check_snapshot(stages[to])
+        stream = current_stream(folder, config, reporter, to=to)
+        backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
+        lines = folder.records("stage_learned", "groups_changed")
+        for line in lines[lines.index(stages[to]) + 1 :]:
+            if line["event"] == "groups_changed":
+                done = f"groups {line['action']} {line['group']} {line['other']}"
+                reporter.done(f"  note: undone too: {done} ({line['reason']})")
         clear_checkpoints(folder.state)
         folder.confirm("rolled_back", to=to)
-        backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
-        return finish(open_session(folder, config, current_stream(folder, config, reporter), backbone), reporter)
+        return finish(open_session(folder, config, stream, backbone), reporter)
 
 
 def measure_again(
@@ -183,7 +194,7 @@ def measure_again(
 
     Returns:
         {run, split, source, tasks, metrics, rows}, with all rows the matrix too; it is kept as evaluations/NAME.json,
-        predictions beside it.
+        predictions beside it. NAME has all that is asked in it, so that another question keeps its own answer.
 
     Raises:
         UserError: the run is not finished, or the data cannot be used.
@@ -210,8 +221,7 @@ def measure_again(
     )
     asked = list(session.fitted(Stream("asked", tuple(asked))))
     plan = _stages(session)
-    name = split if source is None else f"{Path(source).stem}-{split}"
-    target = folder.path / "evaluations" / name
+    target = folder.path / "evaluations" / _name_of_evaluation(split, source, tasks, all_rows)
     measured = []
     names = [task.name for task in asked]
     title = f"{method_name(config)} · {config.model} · {split} rows → {target}.json"
@@ -235,9 +245,26 @@ def measure_again(
     if all_rows and tasks is None:
         by_row = {record["row"]: record["scores"] for record in measured}
         matrix = [[by_row.get(j, {}).get(name) for name in names] for j in range(len(names) + 1)]
-        result |= {"matrix": matrix, "metrics": accuracy_metrics(matrix)}
-    on_main(write_json)(target.with_suffix(".json"), result)
+        result |= {"matrix": matrix, "metrics": metrics_of(matrix, _is_sequential(session))}
+    on_main(write_json)(target.with_name(f"{target.name}.json"), result)
     return result
+
+
+def _name_of_evaluation(split: str, source: str | None, tasks: list[str] | None, all_rows: bool) -> str:
+    parts = [split]
+    if source is not None:  # files of one name lie in many folders
+        there = Path(source).absolute()
+        parts = [re.sub("[^A-Za-z0-9_-]", "-", there.name), _short_hash(str(there)), split]
+    if all_rows:
+        parts.append("all-rows")
+    if tasks is not None:
+        named = "+".join(tasks)
+        parts.append(named if len(named) <= 80 else f"{len(tasks)}-tasks-{_short_hash(named)}")
+    return "-".join(parts)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def require_little_forgetting(results: Mapping[str, Any], limit: float, per_task: bool) -> None:
@@ -267,7 +294,7 @@ def require_little_forgetting(results: Mapping[str, Any], limit: float, per_task
 
 def is_finished(folder: RunFolder, stream: Stream) -> bool:
     names = {task.name for task in stream}
-    rows = folder.rows(names)
+    rows = folder.rows()
     return len(stream) in rows and set(rows[len(stream)]["scores"]) == names
 
 
@@ -295,23 +322,32 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
 
     def measured() -> dict[int, dict[str, Any]]:
         # a run without stages that was extended has an old last row that is none of the longer one's
-        return {row: cells for row, cells in folder.rows(names).items() if row in dict(plan)}
+        return {row: cells for row, cells in folder.rows().items() if row in dict(plan)}
 
-    folder.tidy(names)
+    folder.tidy()
     rows = measured()
     title = f"{method_name(config)} · {config.model} · {len(tasks)} tasks → {folder.path}"
     reporter.start_run(title, names)
-    for note in [*session.stream.notes, *_drifted_versions(folder)]:
+    drifted = _drifted(folder)
+    for note in [*session.stream.notes, *drifted]:
         reporter.done(f"  note: {note}")
     for row in sorted(rows):
         reporter.row(row, rows[row]["scores"])
 
     cache = AnswerCache(cache_dir() / "answers", session.engine())
     finished = len(folder.records("stage_learned"))
+
+    def going_on() -> None:
+        """Something is computed now: the ledger tells with what, where that is not what came before."""
+        if drifted:
+            folder.confirm("went_on", **circumstances())
+            drifted.clear()
+
     for row, stage in plan:
         if stage and finished:
             finished -= 1
         elif stage:
+            going_on()
             learn_stage(session, stage, reporter)
         # After task j the next one is measured too: how well it goes untaught is forward transfer.
         seen = tasks if row == 0 else tasks[: row + 1]
@@ -320,6 +356,7 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
         known = rows.get(row, {}).get("oracle" if is_last else "scores", {})
         missing = [task for task in seen if task.name not in known]
         if missing:
+            going_on()
             split, target = config.eval_split, folder.path / "predictions"
             facts = measure_row(session, cache, row, missing, split, target, reporter, with_oracle=is_last)
             folder.confirm("row_measured", **facts)
@@ -337,13 +374,22 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
         _is_sequential(session),
         parameter_counts(session.pool),
         next(iter(folder.records("init_learned")), None),
+        folder.records("went_on"),
     )
     on_main(write_json)(folder.path / "results.json", results)
     return results
 
 
-def _drifted_versions(folder: RunFolder) -> list[str]:
-    """Libraries that changed since the run began: numbers may differ in their last digits."""
-    began, now = folder.records("run_began")[0]["versions"], library_versions()
-    changed = [f"{name} {began[name]} → {now[name]}" for name in now if name in began and began[name] != now[name]]
-    return [f"other library versions than when the run began: {', '.join(changed)}"] if changed else []
+def _drifted(folder: RunFolder) -> list[str]:
+    """What changed since the run was last worked on: numbers may differ in their last digits, or batches in size."""
+    then, now = folder.records("run_began", "went_on")[-1], circumstances()
+    told = []
+    for fact, what in (("versions", "library versions"), ("machine", "machine")):
+        changed = [
+            f"{key} {then[fact][key]} → {new}" for key, new in now[fact].items() if then[fact].get(key, new) != new
+        ]
+        told += [f"another {what} than so far: {', '.join(changed)}"] if changed else []
+    before = then.get("processes", now["processes"])  # lines of older versions do not tell
+    if before != now["processes"]:
+        told.append(f"{now['processes']} processes, and so far {before}: as many times the batch size a process")
+    return told

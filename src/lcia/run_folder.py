@@ -26,7 +26,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ from lcia.processes import on_main
 # There before a run begins, where something else begins it.
 _BESIDE_A_RUN = {".lock", ".log.progress", "log.txt"}
 _CONFIG_PART = ".config.yaml.*.part"  # of a process that was killed while it began a run
+_CHANGES = ("extended", "rolled_back", "groups_changed")
+_CELLS = ("scores", "routing", "oracle", "too_long")  # of a row: {task: value}
 
 
 def now() -> str:
@@ -137,11 +139,7 @@ class RunFolder:
                     f"{self._ledger}, line {number}: damaged; restore the file or start a new run"
                 ) from None
             if event == "rolled_back":
-                stages = [i for i, earlier in enumerate(found) if earlier.get("stage") == record["to"]]
-                end = stages[-1] + 1
-                while end < len(found) and found[end]["event"] == "row_measured":
-                    end += 1
-                found = found[:end]
+                found = _rolled_back(found, record["to"])
             found.append(record)
         return found
 
@@ -149,9 +147,8 @@ class RunFolder:
         """The lines that have a folder in history/, oldest first."""
         return self.records("stage_learned", "groups_changed")
 
-    def rows(self, tasks: Collection[str]) -> dict[int, dict[str, Any]]:
-        """The measured rows of the matrix, their cells of `tasks`: several lines of one row were measured at
-        different times, and a task that was rolled back has left cells in the rows before it.
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """The measured rows of the matrix: several lines of one row were measured at different times.
 
         A change of the groups by hand makes the last row a thing of the past.
         """
@@ -161,9 +158,8 @@ class RunFolder:
                 del rows[max(rows)]
                 continue
             row = rows.setdefault(record["row"], {"row": record["row"]})
-            for key in ("scores", "routing", "oracle", "too_long"):
-                cells = {task: value for task, value in record[key].items() if task in tasks}
-                row[key] = {**row.get(key, {}), **cells}
+            for key in _CELLS:
+                row[key] = {**row.get(key, {}), **record[key]}
             for key in ("eval_s", "evaluations_run", "evaluations_reused"):
                 row[key] = row.get(key, 0) + record[key]
             spent = row.setdefault("method_cost", {})
@@ -176,6 +172,8 @@ class RunFolder:
     @on_main
     def confirm(self, event: str, **facts: Any) -> dict[str, Any]:
         """Append a line: from now on this is finished."""
+        if event in _CHANGES:  # results.json tells of another run until that one is brought to its end
+            (self.path / "results.json").unlink(missing_ok=True)
         record = {"event": event, "at": now(), **facts}
         append_json_line(self._ledger, record)
         return record
@@ -210,10 +208,12 @@ class RunFolder:
             write_text(self._ledger, text[: text.rfind("\n") + 1])
 
     @on_main
-    def tidy(self, tasks: Collection[str]) -> None:
+    def tidy(self) -> None:
         """Remove what no line of the ledger names, and let pool/ show the last snapshot."""
         self.cut_unconfirmed()
         for partial in [*self.path.rglob(".*.part")]:  # of a process that was killed while it wrote
+            if partial.relative_to(self.path).parts[0] == "evaluations":
+                continue  # `lcia eval` takes no lock, and may be writing now
             if partial.is_dir():
                 shutil.rmtree(partial)
             else:
@@ -226,7 +226,7 @@ class RunFolder:
                     shutil.rmtree(folder)
         if snapshots:
             self.publish(snapshots[-1]["stage"])
-        measured = {(str(row), task) for row, cells in self.rows(tasks).items() for task in cells["scores"]}
+        measured = {(str(row), task) for row, cells in self.rows().items() for task in cells["scores"]}
         for file in (self.path / "predictions").glob("*/*.jsonl"):
             if (file.parent.name, file.stem) not in measured:
                 file.unlink()
@@ -265,11 +265,13 @@ class RunFolder:
 
         Adapters that did not change are hard links into the snapshot before. Returns {file: sha256}.
         """
+        before = self.snapshots()
+        if stage in {record["stage"] for record in before}:
+            raise ValueError(f"{self.path}: {stage!r} was learned already")  # its files may be what this one links to
         final, partial = self._history / stage, self._history / f".{stage}.part"
         for leftover in (final, partial):  # of an attempt that the ledger does not know
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-        before = self.snapshots()
         unchanged = before[-1]["sha256"] if before else {}
         for name in pool.names:
             if unchanged.get(name) == pool.sha256(name):
@@ -283,13 +285,13 @@ class RunFolder:
 
     @on_main
     def publish(self, stage: str) -> None:
-        """Let pool/ and codebook.json show a stage. Both can be made again from history/ at any time."""
+        """Let pool/ and codebook.json show a stage: copies, which can be made again from history/ at any time."""
         source, target, partial = self._history / stage, self.path / "pool", self.path / ".pool.part"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for folder in source.iterdir():
             if folder.is_dir():
-                shutil.copytree(folder, partial / folder.name, copy_function=_link_or_copy)
+                shutil.copytree(folder, partial / folder.name)  # no links: what a user writes there must not get here
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         if (source / "codebook.json").is_file():
@@ -313,6 +315,20 @@ class RunFolder:
             UserError: a file is missing or was altered.
         """
         return _check_files(self._history / record["stage"], record["files"])
+
+
+def _rolled_back(lines: list[dict[str, Any]], to: str) -> list[dict[str, Any]]:
+    """The ledger's lines as they were behind the stage `to`: without cells of tasks that were to come later, too."""
+    end = max(i for i, line in enumerate(lines) if line.get("stage") == to) + 1
+    while end < len(lines) and lines[end]["event"] in ("row_measured", "went_on"):
+        end += 1
+    learned = {task for line in lines[:end] if line["event"] == "stage_learned" for task in line["placements"]}
+    return [
+        {**line, **{key: {task: line[key][task] for task in line[key] if task in learned} for key in _CELLS}}
+        if line["event"] == "row_measured"
+        else line
+        for line in lines[:end]
+    ]
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> Path:

@@ -8,10 +8,11 @@ import json
 import os
 import random
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import lcia.evaluation
 import lcia.grouping
 import lcia.methods
 from lcia.adapters import Pool, find_projector, language_targets
-from lcia.backbone import Backbone, Layout, Reader, find_model, fit_demonstrations, load_backbone, load_layout
+from lcia.backbone import Backbone, Encoded, Layout, Reader, find_model, fit_demonstrations, load_backbone, load_layout
 from lcia.backbone.images import image_size, open_image
 from lcia.backbone.layout import ENCODER_DECODER
 from lcia.config import RunConfig, load_config
@@ -34,10 +35,10 @@ from lcia.files import file_sha256
 from lcia.methods import Combined, Placement, build_method
 from lcia.processes import is_sharding
 from lcia.progress import Reporter
-from lcia.results import library_versions, machine
+from lcia.results import circumstances, library_versions, machine
 from lcia.run_folder import RunFolder
 from lcia.seeds import stable_seed
-from lcia.stream import Row, Stream, Task, load_stream
+from lcia.stream import Row, Stream, Task, find, load_stream
 
 
 @cache
@@ -81,8 +82,10 @@ class Session:
             "reader": self.backbone.reader.settings(),
             "lora_alpha": self.config.lora_alpha,
             "code": _decoding_code(),
-            "versions": library_versions(),
+            "versions": {**library_versions(), "torchvision": _version_if_there("torchvision")},
             "machine": machine(),
+            "float32": (self.config.model_extra or {}).get("tf32"),
+            "spaces": self.backbone.reader.tokenizer.clean_up_tokenization_spaces,
         }
         return _sha256(facts)
 
@@ -153,6 +156,13 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
     return session
 
 
+def _version_if_there(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _as_configured(backbone: Backbone, config: RunConfig) -> Backbone:
     """The model with a reader that shows images as the configuration says."""
     return replace(backbone, reader=backbone.reader.with_padding(config.image_padding))
@@ -163,8 +173,7 @@ def begin(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbo
     folder.confirm(
         "run_began",
         config=config.model_dump(),
-        versions=library_versions(),
-        machine=machine(),
+        **circumstances(),
         base_sha256=backbone.fingerprint,
         reader_sha256=_sha256(_as_configured(backbone, config).reader.settings()),
         **data_facts(stream.tasks),
@@ -324,24 +333,39 @@ def additional_stream(
     return load_run_stream(config.model_copy(update={"stream": source, "tasks": tasks}), reporter)
 
 
-def current_stream(folder: RunFolder, config: RunConfig, reporter: Reporter | None = None) -> Stream:
+def current_stream(
+    folder: RunFolder, config: RunConfig, reporter: Reporter | None = None, to: str | None = None
+) -> Stream:
     """The tasks the run has by now: those of its configuration, what extended it, less what was rolled back.
 
+    What its folder was given meanwhile is no part of the run.
+
+    Args:
+        to: as it will be when it is rolled back to this task.
+
     Raises:
-        UserError: a task's rows, instructions or scorer are not those it was begun with.
+        UserError: a task is gone, or its rows, instructions or scorer are not those it was begun with.
     """
-    stream = load_run_stream(config, reporter)
-    tasks, notes = list(stream.tasks), list(stream.notes)
+    records = folder.records("run_began", "extended", "rolled_back")
+    if not records:  # interrupted before its first line
+        return load_run_stream(config, reporter)
+    sources: list[tuple[Any, list[str]]] = []  # and which tasks of each
     began: dict[str, dict[str, str]] = {"data_sha256": {}, "instructions_sha256": {}, "scorers": {}}
-    for record in folder.records("run_began", "extended", "rolled_back"):
-        if record["event"] == "extended":
-            added = additional_stream(config, record["source"], record["tasks"], reporter)
-            tasks, notes = [*tasks, *added.tasks], [*notes, *added.notes]
-        elif record["event"] == "rolled_back":
-            names = [task.name for task in tasks]
-            tasks = tasks[: names.index(record["to"]) + 1]
+    for record in records if to is None else [*records, {"event": "rolled_back", "to": to}]:
+        if record["event"] == "run_began":
+            sources.append((config.stream, list(record["data_sha256"])))
+        elif record["event"] == "extended":
+            sources.append((record["source"], record["tasks"]))
+        else:
+            sources = _up_to(record["to"], sources)
         for fact, values in began.items():
             values.update(record.get(fact, {}))  # lines of older versions have the rows' hash alone
+    try:
+        parts = [additional_stream(config, source, names, reporter) for source, names in sources]
+    except UserError as error:
+        raise UserError(f"{folder.path}: its data cannot be read as when it began: {error}") from None
+    tasks = [task for part in parts for task in part]
+    notes = [note for part in parts for note in part.notes]
     for fact, values in data_facts(tasks).items():
         for name, now in values.items():
             before = began[fact].get(name, now)
@@ -355,7 +379,25 @@ def current_stream(folder: RunFolder, config: RunConfig, reporter: Reporter | No
                     f"{folder.path}: the rows of task {name!r} are not those the run began with; restore the data, "
                     "or start a new run"
                 )
-    return Stream(stream.name, tuple(tasks), tuple(notes))
+    return Stream(parts[0].name, tuple(tasks), tuple(notes))
+
+
+def not_in_the_run(config: RunConfig, stream: Stream) -> tuple[str, ...]:
+    """A note on the tasks that the configuration's stream was given meanwhile."""
+    known = {task.name for task in stream}
+    others = [task.name for task in find(config.stream).tasks if task.name not in known] if config.tasks is None else []
+    told = f"in {stream.name} by now, and not in this run: {', '.join(others)}; `lcia extend` learns them"
+    return (told,) if others else ()
+
+
+def _up_to(last: str, sources: list[tuple[Any, list[str]]]) -> list[tuple[Any, list[str]]]:
+    """What of the sources is left when the task `last` is the last one."""
+    kept: list[tuple[Any, list[str]]] = []
+    for source, names in sources:
+        if last in names:
+            return [*kept, (source, names[: names.index(last) + 1])]
+        kept.append((source, names))
+    return kept
 
 
 def _draw(rows: tuple[Row, ...], limit: int | None, seed: int) -> tuple[Row, ...]:
@@ -394,8 +436,12 @@ def check_sharding(config: RunConfig) -> None:
         raise UserError(
             "the launcher asks for DeepSpeed, whose weights and gradients nobody can read; use DDP or FSDP2"
         )
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp16":
-        raise UserError("the launcher asks for fp16, whose gradients are scaled; write mixed_precision: no")
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed != "no":  # it would stay on the model when that answers, and only once it has been trained
+        raise UserError(
+            f"the launcher asks for mixed precision in {mixed}; write mixed_precision: no (the base is {config.dtype}, "
+            "trained weights are float32)"
+        )
     if not is_sharding():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -442,12 +488,30 @@ def check_images(stream: Stream, model: str, reporter: Reporter) -> None:
             raise UserError(f"{shown[path].source}: {fault}")
 
 
-def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config: RunConfig) -> None:
-    """What only the model's reader knows: whether it takes images of every size, and whether rows fit.
+def check_lengths(
+    tasks: Sequence[Task],
+    reader: Reader,
+    layout: Layout,
+    config: RunConfig,
+    reporter: Reporter | None = None,
+    *,
+    measured: bool = True,
+) -> tuple[str, ...]:
+    """What only the model's reader knows: whether it takes images of every size and every row, and whether rows fit.
+
+    Every row that will be learned or asked is encoded, of which `reporter` shows a bar: a row that the model's chat
+    template refuses must not stop a run in its fourth task.
+
+    Args:
+        measured: whether the tasks' requests will be asked, too; those of an Init stage are not.
+
+    Returns:
+        Notes on requests that are too long to be answered.
 
     Raises:
-        UserError: a limit is beyond the model's positions, an image's size is refused, a task has conversations that
-            the model cannot learn, none of its rows fits, or it has no dev row for early stopping.
+        UserError: a limit is beyond the model's positions, an image's size is refused, a row cannot be encoded, a task
+            has conversations that the model cannot learn, none of its rows fits, or it has no dev row for early
+            stopping.
     """
     for key in ("max_length", "max_new_tokens") if layout is ENCODER_DECODER else ("max_length",):
         if reader.positions is not None and getattr(config, key) > reader.positions:
@@ -457,6 +521,18 @@ def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config:
             )
     reader = reader.with_padding(config.image_padding)
     _check_image_sizes(tasks, reader)
+    split = config.eval_split
+    asked = {task.name: (task.dev if split == "dev" else task.test) if measured else () for task in tasks}
+    if reporter is not None:
+        reporter.start("reading rows", total=sum(len(task.train) + len(asked[task.name]) for task in tasks))
+
+    def encoded(rows: Sequence[Row], encode: Callable[[Row], Encoded]) -> Iterator[Encoded]:
+        for row in rows:
+            yield encode(row.with_demonstrations(0))
+            if reporter is not None:
+                reporter.advance()
+
+    notes = []
     for task in tasks:
         several = [row for row in task.train if row.every_answer]
         if several and layout is ENCODER_DECODER:
@@ -464,14 +540,25 @@ def check_lengths(tasks: Sequence[Task], reader: Reader, layout: Layout, config:
                 f"{several[0].source}: the answers of a conversation are learned together, which an encoder-decoder "
                 "cannot: it reads all questions before it answers"
             )
-        encoded = (reader.encode(row.with_demonstrations(0)) for row in task.train)
-        if not any(layout.fits(len(ids.prompt), len(ids.answer), config) for ids in encoded):
+        learned = [layout.fits(len(ids.prompt), len(ids.answer), config) for ids in encoded(task.train, reader.encode)]
+        if not any(learned):
             raise UserError(f"task {task.name!r}: no training row fits {layout.limit_text(config)}; raise it")
+        rows = asked[task.name]
+        fitting = [
+            layout.fits(len(ids.prompt), config.max_new_tokens, config) for ids in encoded(rows, reader.encode_prompt)
+        ]
+        with_room = f"with room for an answer (max_new_tokens {config.max_new_tokens}), fit {layout.limit_text(config)}"
+        if rows and not any(fitting):
+            raise UserError(f"task {task.name!r}: none of the {split} requests, {with_room}; nothing could be answered")
+        if not all(fitting):
+            few = f"{fitting.count(True)} of {len(rows)} {split} requests"
+            notes.append(f"{task.name}: {few}, {with_room}; the others count as wrong")
         if config.early_stopping_patience is not None:
-            asked = (reader.encode_prompt(row.with_demonstrations(0)) for row in task.dev)
-            if not any(layout.fits(len(ids.prompt), config.max_new_tokens, config) for ids in asked):
+            scored = (reader.encode_prompt(row.with_demonstrations(0)) for row in task.dev)
+            if not any(layout.fits(len(ids.prompt), config.max_new_tokens, config) for ids in scored):
                 problem = "none of its dev rows fits max_length" if task.dev else "it has no dev rows"
                 raise UserError(f"task {task.name!r}: {problem}, and early_stopping_patience goes by their score")
+    return tuple(notes)
 
 
 def _check_image_sizes(tasks: Sequence[Task], reader: Reader) -> None:
@@ -490,6 +577,12 @@ def check_target_modules(backbone: Backbone, targets: str | list[str]) -> None:
     """Raises UserError for modules that the model does not have; a text is a pattern, as in PEFT."""
     names = [name for name, _ in backbone.model.named_modules()]
     if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise UserError(
+                f"key 'lora_target_modules': {targets!r} is no regular expression ({error}); names go in a list"
+            ) from None
         missing = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
     else:
         missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]

@@ -308,6 +308,8 @@ def learn_task(
         raise UserError("the launcher asks for FSDP, and accelerate does not shard on this kind of device; use DDP")
     trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint is not None else None)
     seconds, step = moments.seconds, trainer.state.global_step
+    if early_stopping is None and step < trainer.state.max_steps:
+        raise RuntimeError(f"task {task.name!r}: training ended after {step} of {trainer.state.max_steps} steps")
     best = moments.best_step()
     if best is not None and best != step:
         trainer.go_back(moments, checkpoint_at(state_folder, best))

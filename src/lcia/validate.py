@@ -29,8 +29,10 @@ def validate_config(config: RunConfig, reporter: Reporter) -> StreamSummary:
     where = find_model(config.model)
     layout = load_layout(where, config.model)
     reader = load_reader(where, config.model, layout).with_padding(config.image_padding)
-    check_lengths((*(init or ()), *stream), reader, layout, config)
+    too_long = check_lengths(stream.tasks, reader, layout, config, reporter)
+    stream = replace(stream, notes=(*stream.notes, *too_long))
     if init is not None:
+        check_lengths(init.tasks, reader, layout, config, reporter, measured=False)
         rows = sum(len(task.train) for task in init)
         told = f"Init: {len(init)} tasks, learned at once before the stream: {rows} training rows"
         stream = replace(stream, notes=(*stream.notes, *(f"Init: {note}" for note in init.notes), told))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from lcia.errors import UserError
@@ -61,6 +62,14 @@ def _turns(chat: Chat, messages: Sequence[tuple[str, str]], images: int) -> list
     return turns
 
 
+def _written(chat: Chat, messages: Sequence[tuple[str, str]], images: int, **options: Any) -> str:
+    """By the model's chat template. Raises UserError where that refuses it: some take no system message."""
+    try:
+        return str(chat.apply_chat_template(_turns(chat, messages, images), tokenize=False, **options))
+    except TemplateError as error:
+        raise UserError(f"the model's chat template refuses the conversation: {error}") from None
+
+
 def render_prompt(chat: Chat, messages: Sequence[tuple[str, str]], images: int = 0) -> str:
     """The text the model sees before its answer. Without a chat template that is plain lines.
 
@@ -69,8 +78,7 @@ def render_prompt(chat: Chat, messages: Sequence[tuple[str, str]], images: int =
     if chat.chat_template is None:
         shown = f"{chat.image_token * images}\n" if images else ""
         return shown + "".join(text if text[-1:].isspace() else f"{text}\n" for _, text in messages)
-    turns = _turns(chat, messages, images)
-    return str(chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _written(chat, messages, images, add_generation_prompt=True)
 
 
 def render_answer(chat: Chat, messages: Sequence[tuple[str, str]], answer: str, images: int = 0) -> str:
@@ -92,7 +100,7 @@ def _render_answered(chat: Chat, messages: Sequence[tuple[str, str]], images: in
     """A conversation that ends with an answer, as it stands before the next question."""
     if chat.chat_template is None:
         return render_prompt(chat, messages, images)
-    return str(chat.apply_chat_template(_turns(chat, messages, images), tokenize=False))
+    return _written(chat, messages, images)
 
 
 def _render_question(chat: Chat, messages: Sequence[tuple[str, str]], answered: int, images: int) -> str:

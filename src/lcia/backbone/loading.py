@@ -135,7 +135,7 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
             dtype=getattr(torch, settings["dtype"]),
             attn_implementation=settings["attn_implementation"],
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     _check_trainable(model, layout, name)
     model.generation_config = _greedy(model, reader.tokenizer)
@@ -269,7 +269,11 @@ def _dequantised(gguf: Path) -> Path:
         raise UserError(f"model {gguf.name}: reading GGUF needs the package gguf: pip install gguf")
     with alone(folder.with_name(f".{folder.name}.lock")):
         if not (folder / "complete.json").is_file():  # else a run beside this one has made it
-            _convert(gguf, digest, folder)
+            try:
+                _convert(gguf, digest, folder)
+            except (ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+                why = str(error).partition("\n")[0]
+                raise UserError(f"model {gguf}: transformers cannot read this GGUF file: {why}") from error
     return folder
 
 

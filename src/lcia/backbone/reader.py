@@ -83,7 +83,11 @@ class Reader:
 
     def encode_prompt(self, row: Row) -> Encoded:
         """The prompt alone, to be answered."""
-        return Encoded(encode_prompt(self.chat, row), (), instruction=row.instruction, user_text=row.user_text)
+        try:
+            tokens = encode_prompt(self.chat, row)
+        except UserError as error:
+            raise UserError(f"{row.source}: {error}") from None
+        return Encoded(tokens, (), instruction=row.instruction, user_text=row.user_text)
 
     def collate(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """A batch: input_ids, attention_mask, position_ids (B, L); labels (B, A); see lcia.backbone.chat. Where
@@ -143,8 +147,8 @@ class ImageReader(Reader):
         self._check_text(row)
         if not row.images:
             return super().encode_prompt(row)
-        text = render_prompt(self.chat, row.messages, len(row.images))
         try:
+            text = render_prompt(self.chat, row.messages, len(row.images))
             tokens = self._tokens(text, row.images)
         except UserError as error:
             raise UserError(f"{row.source}: {error}") from None

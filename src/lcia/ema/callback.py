@@ -36,7 +36,8 @@ class DynamicEMACallback(TrainerCallback):
     - `fisher` gets gradients as they were before clipping (lcia.ema.clipping).
     - β, the fallback fraction and the retained mass are logged with every training log, as `ema_...`: into
       `state.log_history`, and, if `trainer` is given, through its loggers. (Trainer's own loggers stand before other
-      callbacks in the line, so that without it they never see what a callback adds.)
+      callbacks in the line, so that without it they never see what a callback adds, and what they upload, as W&B does
+      with WANDB_LOG_MODEL, is the raw θ.)
 
     Args:
         rule, fallback: as of DynamicEMA, like every other keyword argument. `total_steps` and `examples_per_gradient`
@@ -44,7 +45,7 @@ class DynamicEMACallback(TrainerCallback):
         evaluate_average: False: evaluations during training see the raw θ.
         keep_raw: True: the model holds the raw θ after training; θ* is in `.ema.averages`.
         resume_from: the checkpoint folder, where it is neither in `output_dir` nor in `args.resume_from_checkpoint`.
-        trainer: whose loggers are used, and whose evaluation sets are counted.
+        trainer: whose loggers are used, and whose evaluation sets are counted; better always given.
 
     Attributes:
         ema: the DynamicEMA of the current or last training; None before the first.
@@ -76,7 +77,7 @@ class DynamicEMACallback(TrainerCallback):
         self.trainer = trainer
         self.ema: DynamicEMA | None = None
         if trainer is not None:
-            trainer.callback_handler.callbacks.insert(0, _LogsFirst(self))
+            trainer.callback_handler.callbacks.insert(0, _First(self))
         self._clip_watch: ClipWatch | None = None
         self._unclip = 1.0
         self._loss_scale = 1.0
@@ -93,8 +94,15 @@ class DynamicEMACallback(TrainerCallback):
         self._refuse_what_cannot_work(args, state, kwargs["optimizer"])
         rows = args.train_batch_size
         if args.auto_find_batch_size:
-            rows = state.train_batch_size
-            if rows < self._rows and self._training and not state.global_step:
+            # the loader's own: of a training that resumes, `state` has what the checkpoint was trained with
+            together = getattr(kwargs.get("train_dataloader"), "total_batch_size", None)
+            rows = state.train_batch_size if together is None else together // args.world_size
+            if rows < self._rows and self._training and state.global_step:
+                raise RuntimeError(
+                    "memory was short when training resumed, and it began again from weights that were trained on "
+                    f"already: resume once more, with per_device_train_batch_size={rows}"
+                )
+            if rows < self._rows and self._training:
                 warnings.warn(
                     "training begins again with smaller batches, from weights that have been trained already: the "
                     "average starts there. For one that starts where training did, begin with "
@@ -109,8 +117,16 @@ class DynamicEMACallback(TrainerCallback):
         }
         self.ema = DynamicEMA(model.named_parameters(), **{**defaults, **self.options})
         if state.global_step:
-            self.ema.load(self._file_to_resume(args, state))
+            file = self._file_to_resume(args, state)
+            self.ema.load(file)
+            found = self.ema.steps + self.ema.skipped_steps
+            if found != state.global_step:
+                raise RuntimeError(
+                    f"{file} is the average after {found} steps, and training resumes behind step {state.global_step}. "
+                    "Give resume_from= the folder that resume_from_checkpoint names"
+                )
         self._evaluations_left, self._raw = 0, []  # of a training that broke off
+        self._unclip = 1.0
         self._training = True
         self._stop_watching()
         if self.ema.wants_unclipped and args.max_grad_norm:
@@ -122,6 +138,17 @@ class DynamicEMACallback(TrainerCallback):
             raise RuntimeError(
                 "DeepSpeed makes the optimizer step, and clears the gradients, inside backward(), before a callback "
                 "can read them: DynamicEMACallback works with one process, DDP and FSDP2"
+            )
+        if getattr(args, "enable_jit_checkpoint", False):
+            raise ValueError(
+                "enable_jit_checkpoint writes checkpoints that no callback is told of: they would lack the average. "
+                "Leave it out, and save often (save_steps)"
+            )
+        own = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has all methods there are
+        if callable(getattr(own, "eval", None)):
+            raise ValueError(
+                f"{type(own).__name__} changes the weights for every evaluation, as the average does, and each would "
+                "undo the other's: take another optimizer"
             )
         scaled = getattr(optimizer, "scaler", None) is not None  # by a key, or by `accelerate launch`
         if scaled and self.options.get("fisher_source") == "per_example":
@@ -196,6 +223,11 @@ class DynamicEMACallback(TrainerCallback):
             self.add_values(state, kwargs["logs"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer is None:
+            self.save(args, state)
+
+    def save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """θ* and what the rule needs, into the checkpoint that the Trainer has just written."""
         if self._evaluations_left:
             raise RuntimeError("a checkpoint was saved in the middle of an evaluation: it holds θ* instead of θ")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -204,11 +236,16 @@ class DynamicEMACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.trainer is None:
+            self.end(args, state, kwargs["model"])
+
+    def end(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Give the model the weights that it shall have after training."""
         ema = self._running()
         self._evaluated = self._training = False
         self._stop_watching()
         ema.close()
-        self._show_raw(kwargs["model"])
+        self._show_raw(model)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             ema.load(_existing(Path(state.best_model_checkpoint) / FILE_NAME))
         if ema.rest_steps and not ema.has_moved:
@@ -219,7 +256,7 @@ class DynamicEMACallback(TrainerCallback):
                 stacklevel=2,
             )
         if not self.keep_raw:
-            ema.copy_to_model(kwargs["model"])
+            ema.copy_to_model(model)
 
     def add_values(self, state: TrainerState, logs: dict[str, float]) -> None:
         """`log_values` into a log of training, which `state` keeps a copy of."""
@@ -288,14 +325,22 @@ class DynamicEMACallback(TrainerCallback):
         return file
 
 
-class _LogsFirst(TrainerCallback):
-    """Stands before the Trainer's loggers, so that they see what `owner` adds to a log."""
+class _First(TrainerCallback):
+    """Stands before the Trainer's loggers: they see what `owner` adds to a log, upload whole checkpoints, and θ*."""
 
     def __init__(self, owner: DynamicEMACallback):
         self._owner = owner
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._owner.add_values(state, kwargs["logs"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._owner.save(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._owner.end(args, state, kwargs["model"])
 
 
 def _loss_scale(optimizer: Any) -> float:

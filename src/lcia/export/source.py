@@ -163,6 +163,6 @@ def _results(folder: RunFolder, planned: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    last = folder.rows(planned).get(len(planned), {"scores": {}})["scores"]
+    last = folder.rows().get(len(planned), {"scores": {}})["scores"]
     is_current = results["tasks"] == planned and results["matrix"][-1] == [last.get(name) for name in planned]
     return results if is_current else None

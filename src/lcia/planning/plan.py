@@ -224,7 +224,7 @@ def plan_run(
     init = _init(config, device, gpus, reporter)
     backbone = outline(config, device)
     check_target_modules(backbone, config.lora_target_modules)
-    stream = _stream(config, backbone)
+    stream = _stream(config, backbone, reporter)
     rows = _Rows(config, backbone)
     rows.count([row for task in stream for row in (*task.train, *_answered(task, config))], reporter)
     method = build_method(config.method_parts())
@@ -294,8 +294,8 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
     own = init_config(config)
     backbone = outline(own, device)
     check_target_modules(backbone, own.lora_target_modules)
-    stream = _stream(own, backbone)
-    check_init(stream, own, backbone)
+    stream = _stream(own, backbone, reporter, measured=False)
+    check_init(stream, own, backbone, reporter)
     rows = _Rows(own, backbone)
     rows.count([row for task in stream for row in task.train], reporter)
     weights = _weights(backbone)
@@ -319,14 +319,14 @@ def _init(config: RunConfig, device: str, gpus: int | None, reporter: Reporter) 
 # --- what is learned and answered
 
 
-def _stream(config: RunConfig, backbone: Backbone) -> Stream:
+def _stream(config: RunConfig, backbone: Backbone, reporter: Reporter, measured: bool = True) -> Stream:
     """As the run would read it; no image is opened, but for the first to be counted."""
     stream = load_run_stream(config)
     rows = (row for task in stream for row in (*task.train, *task.dev, *task.test))
     shown = next((row for row in rows if row.images), None)
     if shown is not None and not backbone.layout.sees:
         raise UserError(f"{shown.source}: an image row, and model {config.model!r} reads text only")
-    check_lengths(stream.tasks, backbone.reader, backbone.layout, config)
+    check_lengths(stream.tasks, backbone.reader, backbone.layout, config, reporter, measured=measured)
     return fit_demonstrations(stream, backbone.reader, backbone.layout, config)
 
 

@@ -2,8 +2,8 @@
 
 from lcia.stream.load import load_stream
 from lcia.stream.scorers import SCORERS
-from lcia.stream.sources import BUILT_IN
+from lcia.stream.sources import BUILT_IN, find
 from lcia.stream.types import Row, Stream, Task
 from lcia.stream.validate import StreamSummary, describe
 
-__all__ = ["BUILT_IN", "SCORERS", "Row", "Stream", "StreamSummary", "Task", "describe", "load_stream"]
+__all__ = ["BUILT_IN", "SCORERS", "Row", "Stream", "StreamSummary", "Task", "describe", "find", "load_stream"]

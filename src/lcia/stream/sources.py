@@ -31,6 +31,7 @@ from lcia.stream.task_source import (
 from lcia.stream.vision import vision
 
 TASK_KEYS = ("name", "path", "instruction", "scorer", "image_folder", "examples")
+_NOT_UNDERSTOOD = (".csv", ".tsv", ".xlsx", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar")
 _EXAMPLES = "positive_examples"  # of a task, in tasks.json
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
@@ -108,9 +109,18 @@ def folder(path: Path) -> Found:
             "or a folder NAME with train, dev and test files."
         )
     # two of one name stay together, so that the check on names sees them
+    unread = [entry.name for entry in inside if entry not in candidates and _looks_like_data(entry)]
     candidates.sort(key=lambda entry: entry.name if entry.is_dir() else entry.stem)
     tasks = [task_at(entry.name if entry.is_dir() else entry.stem, str(entry), path) for entry in candidates]
-    return Found(path.resolve().name, tuple(tasks))
+    notes = (f"{path}: not read as a task: {', '.join(unread)}",) if unread else ()
+    return Found(path.resolve().name, tuple(tasks), notes)
+
+
+def _looks_like_data(path: Path) -> bool:
+    """Whether a user might take it for a task: tables and archives, and folders that hold data further down."""
+    if path.is_dir():
+        return any(data_files(inner) for inner in path.iterdir() if inner.is_dir())
+    return path.suffix.lower() in {*SUFFIXES, *_NOT_UNDERSTOOD}
 
 
 def _manifest(path: Path) -> Found:
