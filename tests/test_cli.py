@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,12 +142,49 @@ def test_a_refused_value_of_a_method(refused, config, option) -> None:
         {"optim": "adamx"},
         {"adam_epsilon": "small"},
         {"lora_target_modules": ["foo"]},
+        {"lora_target_modules": "*_proj"},  # a glob, where a regular expression is meant
+        {"optim": "schedule_free_adamw"},
+        {"attn_implementation": "flash_attention_2"},  # whose package is not there
+        {"enable_jit_checkpoint": True},
         {"label_smoothing_factor": 0.1},
     ],
 )
 def test_a_value_that_training_would_refuse_later(refused, config, change, tmp_path) -> None:
     assert next(iter(change)) in refused("train", config(**change))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_row_that_the_template_refuses_is_named_before_training(refused, config, tiny_model, tmp_path) -> None:
+    """As Gemma's refuses system messages; here in the last of the rows."""
+    model = shutil.copytree(tiny_model, tmp_path / "strict")
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+    template = model / "chat_template.jinja"
+    template.write_text(strict + template.read_text())
+    talk = [{"role": role, "content": "abc"} for role in ("system", "user", "assistant")]
+    last = json.dumps({"messages": talk, "split": "train"}) + "\n"
+    splits = "".join(rows(4, split=split) for split in ("train", "dev", "test"))
+    message = refused("train", config({"one.jsonl": rows(12), "two.jsonl": splits + last}, model=str(model)))
+    assert "two.jsonl:13" in message
+    assert "no system messages" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_requests_without_room_for_an_answer(lcia, refused, config, tmp_path) -> None:
+    assert "none of the test requests" in refused("train", config(max_length=64, max_new_tokens=60))
+    splits = rows(6, split="train") + rows(1, split="test", input="long" * 10) + rows(1, split="test")
+    code, out, _ = lcia("validate", config({"task.jsonl": splits}, max_length=64, max_new_tokens=20))
+    assert code == 0
+    assert "1 of 2 test requests" in " ".join(out.split())
+
+
+def test_a_gguf_file_that_nobody_can_read(refused, config, tmp_path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(40))
+    assert "cut.gguf" in refused("train", config(model=str(tmp_path / "cut.gguf")))
+
+
+def test_a_launcher_with_mixed_precision(refused, config, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "mixed_precision: no" in refused("train", config())
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(config) -> None:
@@ -292,6 +330,12 @@ def test_the_way_from_validate_to_generate(lcia, config, tmp_path) -> None:
     assert code == 0
     assert json.loads(out)["group"] == "two"
     assert lcia("route", path, "--task", tmp_path / "data" / "two.jsonl", "--json")[0] == 0
+    code, _, err = lcia("route", path, "--task", tmp_path / "data")
+    assert code == 2
+    assert "2 tasks (one, two); give the file of one" in err
+    code, out, _ = lcia("generate", run, "abc", "--system", "Spell it backwards", "--json")
+    assert code == 0
+    assert json.loads(out)["group"] == "two"
     assert lcia("validate", tmp_path / "data")[0] == 0
     for arguments, message in [
         ((tmp_path / "data", "max_length=9"), "'max_length=9' belongs to a configuration"),

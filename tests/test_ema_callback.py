@@ -125,10 +125,18 @@ def test_the_raw_weights_can_be_kept(tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("rule", ["eq45", "fisher"])
-def test_resuming_is_bit_identical(tmp_path, rule, bf16):
-    importance = {name: torch.full_like(value, 0.1) for name, value in raw(Net()).items()}
-    options = {"importance": importance} if rule == "fisher" else {}
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("eq45", {}),
+        ("fisher", {}),
+        ("fisher", {"fisher_source": "adamw"}),
+        ("fisher", {"fisher_source": "per_example"}),
+    ],
+)
+def test_resuming_is_bit_identical(tmp_path, rule, options, bf16):
+    if rule == "fisher":
+        options = {**options, "importance": {name: torch.full_like(value, 0.1) for name, value in raw(Net()).items()}}
 
     def run(folder: str, stop_after: int | None = None, resume: bool = False) -> tuple[Trainer, DynamicEMA]:
         callback = DynamicEMACallback(rule=rule, keep_raw=True, **options)
@@ -308,6 +316,26 @@ def test_the_trainers_loggers_get_the_betas_with_the_loss(tmp_path, strategy):
     ]
 
 
+def test_what_the_trainers_loggers_upload_is_whole_and_the_average(tmp_path):
+    """W&B and others upload checkpoints, and the model as it is when training ends."""
+
+    class Uploads(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            whole.append((tmp_path / f"checkpoint-{state.global_step}" / "ema.safetensors").is_file())
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            uploaded.update(raw(kwargs["model"]))
+
+    whole, uploaded = [], {}
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    run.callback_handler.callbacks.insert(0, Uploads())  # where Trainer has its own loggers
+    callback = DynamicEMACallback(rule="fixed", trainer=run)
+    run.add_callback(callback)
+    run.train()
+    assert whole == [True] * 3
+    assert same(uploaded, callback.ema.averages)
+
+
 class CallsOff(TrainerCallback):
     """Decides after everybody else that there is no evaluation."""
 
@@ -471,6 +499,50 @@ def test_the_average_of_another_training_is_not_taken(tmp_path):
         trainer(tmp_path / "two", DynamicEMACallback(rule="fixed")).train(resume_from_checkpoint=folder)
 
 
+@pytest.mark.parametrize("logging", ["steps", "no"])
+def test_an_earlier_average_of_this_training_is_not_taken(tmp_path, logging):
+    """The Trainer itself does not read `args.resume_from_checkpoint`."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": logging}
+    trainer(tmp_path, DynamicEMACallback(rule="fixed"), Recorder(stop_after=4), **saving).train()
+    earlier = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    with pytest.raises(RuntimeError, match="the average after 2 steps, and training resumes behind step 4"):
+        trainer(tmp_path, DynamicEMACallback(rule="fixed"), **earlier).train(resume_from_checkpoint=True)
+
+
+def test_memory_that_is_short_when_training_resumes(tmp_path):
+    """The attempt before has trained the weights, and Trainer does not read them again."""
+
+    class Short(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, DynamicEMACallback(rule="fisher"), Recorder(stop_after=2), **saving).train()
+    again = trainer(tmp_path, DynamicEMACallback(rule="fisher"), Short(), auto_find_batch_size=True)
+    with pytest.raises(RuntimeError, match="resume once more, with per_device_train_batch_size=3"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_fisher_resumes_with_the_rows_that_are_trained_now(tmp_path):
+    """With `auto_find_batch_size` the Trainer goes on with the rows that the checkpoint was trained with."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, DynamicEMACallback(rule="fisher"), Recorder(stop_after=2), **saving).train()
+    callback = DynamicEMACallback(rule="fisher")
+    changed = {"auto_find_batch_size": True, "per_device_train_batch_size": 3}
+    trainer(tmp_path, callback, **changed).train(resume_from_checkpoint=True)
+    assert callback.ema.examples_per_gradient == 4
+
+
+def test_a_second_training_begins_with_its_own_clipping(tmp_path):
+    callback = DynamicEMACallback(rule="fisher")
+    trainer(tmp_path, callback, max_grad_norm=1e-3).train()
+    assert callback._unclip > 1
+    alone = DynamicEMACallback(rule="fisher")
+    for one in (callback, alone):
+        trainer(tmp_path, one, max_grad_norm=0.0).train()
+    assert same(callback.ema.importance, alone.ema.importance)
+
+
 def test_a_training_that_ends_in_its_rest_says_that_nothing_is_kept(tmp_path):
     callback = DynamicEMACallback(rule="fixed", retained=0.3, rest=0.5)
     run = trainer(tmp_path, callback, Recorder(stop_after=2))
@@ -502,12 +574,15 @@ def test_the_rows_of_a_step_are_those_that_fit(tmp_path):
     [
         ({"use_vllm": True, "eval_strategy": "steps"}, {}, "evaluate_average=False"),
         ({"save_strategy": "steps"}, {"is_hyper_param_search": True}, "save_strategy='no'"),
+        ({"enable_jit_checkpoint": True}, {}, "enable_jit_checkpoint"),
+        ({"optimizer": SimpleNamespace(eval=lambda: None)}, {}, "take another optimizer"),
     ],
 )
 def test_what_would_go_wrong_unseen_is_refused(args, state, message):
+    own = args.pop("optimizer", None)
     args = SimpleNamespace(**{"deepspeed": None, "eval_strategy": "no", "save_strategy": "no", **args})
     state = SimpleNamespace(**{"is_hyper_param_search": False, **state})
-    optimizer = SimpleNamespace(scaler=None)
+    optimizer = SimpleNamespace(scaler=None, optimizer=own)
     with pytest.raises(ValueError, match=message):
         DynamicEMACallback().on_train_begin(args, state, None, model=Net(), optimizer=optimizer)
 

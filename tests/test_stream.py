@@ -467,6 +467,17 @@ def test_data_files_beside_those_of_a_task_are_named(names: list[str], unread: l
     assert not any("not read" in note for note in load_stream(tmp_path).notes)
 
 
+def test_what_looks_like_data_and_is_no_task_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "chat.jsonl", own(10))
+    write(tmp_path / "deep" / "data" / "train.jsonl", own(3))
+    for name in ("b.csv", "c.jsonl.gz", "D.JSONL", "README.md"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "pictures").mkdir()
+    stream = load_stream(tmp_path)
+    assert [task.name for task in stream] == ["chat"]
+    assert f"{tmp_path}: not read as a task: D.JSONL, b.csv, c.jsonl.gz, deep" in stream.notes
+
+
 def test_no_dev_rows_are_allowed_and_noted(tmp_path: Path) -> None:
     stream = load_stream(write(tmp_path / "a.jsonl", with_splits(own(2))))
     assert stream[0].dev == ()

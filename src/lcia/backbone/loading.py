@@ -135,7 +135,10 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
             dtype=getattr(torch, settings["dtype"]),
             attn_implementation=settings["attn_implementation"],
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except ImportError as error:  # of a kind of attention
+        why = str(error).splitlines()[0]
+        raise UserError(f"model {name}: attn_implementation {settings['attn_implementation']}: {why}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"model {name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     _check_trainable(model, layout, name)
     model.generation_config = _greedy(model, reader.tokenizer)
