@@ -272,6 +272,8 @@ def test_rows_that_only_one_method_answered_are_left_out_and_counted(tmp_path: P
     ]
     (contrast,) = compare_runs(runs).scopes[0].contrasts
     assert (contrast.examples.n, contrast.unshared_rows) == (3, 2)
+    assert contrast.difference.mean == pytest.approx(60.0 - 200 / 3)
+    assert contrast.examples_difference == pytest.approx(100 / 3)  # which way the test over rows points
     assert (
         "lcia and lora did not answer the same test rows; 2 that only one of them answered are left out"
         in comparison_markdown(runs)

@@ -312,6 +312,19 @@ def test_another_number_of_processes_does_not_go_on_inside_a_task(tiny_config, d
     assert go_on(folder)["tasks"] == ["colours"]
 
 
+def test_a_task_that_was_cut_short_is_not_taken_for_learned(tiny_config, monkeypatch) -> None:
+    config = tiny_config(max_steps=4, tasks=["colours"])
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = True
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="ended after 1 of 4 steps"):
+        patched.setattr(training._Moments, "on_step_end", stop)
+        measure(config)
+    assert not RunFolder(config.output_dir).records("stage_learned")
+    assert go_on(Path(config.output_dir))["tasks"] == ["colours"]
+
+
 def test_results_tell_where_a_run_went_on(tiny_config, tiny_stream, monkeypatch) -> None:
     config = tiny_config(tasks=["colours", "animals"])
     assert measure(config)["went_on"] == []

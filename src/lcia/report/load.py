@@ -200,6 +200,8 @@ class Run(Results):
     def stream_options(self) -> dict[str, str]:
         """What the configuration says of the stream's data, less where they lie and their order: option → JSON.
 
+        How many test rows are drawn is among it: scores on others are of another test.
+
         Scorers are not among it: `scorers` has those in use, stated or not.
         """
         stream = self.config.get("stream")
@@ -210,6 +212,7 @@ class Run(Results):
         else:
             options = stated_options(stream)  # defaults too: to state one is no other choice
             given = {key: value for key, value in options.items() if key not in ("name", "order", "path")}
+        given["max_eval_examples"] = self.config.get("max_eval_examples")
         return {key: json.dumps(value, default=str) for key, value in given.items() if value is not None}
 
     @property

@@ -41,6 +41,7 @@ class Contrast:
     repeats: Test  # over seeds (orders)
     examples: Test  # over test rows
     unshared_rows: int = 0  # answered by only one of the two, and left out of `examples`
+    examples_difference: float | None = None  # points, over the test rows that both have answered
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def _scope(title: str, over: str, arenas: Sequence[Arena], against: str | None) 
         # what the t-test takes for one independent value: the pair of one seed, or all pairs of one order
         repeats = [[pair] for pair in per_arena[0]] if over == "seeds" else [pairs for pairs in per_arena if pairs]
         means = [math.fsum(pair.difference for pair in pairs) / len(pairs) for pairs in repeats]
-        examples, unshared = _over_test_rows(repeats)
-        contrasts.append(Contrast(label, reference, estimate(means), _over_repeats(means, over), examples, unshared))
+        examples, unshared, on_rows = _over_test_rows(repeats)
+        repeated = _over_repeats(means, over)
+        contrasts.append(Contrast(label, reference, estimate(means), repeated, examples, unshared, on_rows))
     return Scope(title, over, reference, tuple(contrasts))
 
 
@@ -152,8 +154,8 @@ def _over_repeats(differences: Sequence[float], over: str) -> Test:
     return Test(n, p, missing="" if p is not None else f"the difference is the same in all {over}")
 
 
-def _over_test_rows(repeats: Sequence[Sequence[_Pair]]) -> tuple[Test, int]:
-    """The test, and how many rows only one of the two methods answered.
+def _over_test_rows(repeats: Sequence[Sequence[_Pair]]) -> tuple[Test, int, float | None]:
+    """The test, how many rows only one of the two methods answered, and the difference over the others.
 
     A row's contribution is its share in the difference of Avg.ACC: a mean over repeats, their pairs, tasks, and rows.
     """
@@ -164,19 +166,20 @@ def _over_test_rows(repeats: Sequence[Sequence[_Pair]]) -> tuple[Test, int]:
             try:
                 mine, theirs = pair.run.final_example_scores, pair.reference.final_example_scores
             except NoScores as why:
-                return Test(0, missing=str(why)), 0
+                return Test(0, missing=str(why)), 0, None
             for task in pair.run.tasks:
                 common = mine[task].keys() & theirs[task].keys()
                 unshared |= {(task, row) for row in mine[task].keys() ^ theirs[task].keys()}
                 if not common:
-                    return Test(0, missing=f"no test row of {task} in common"), 0
+                    return Test(0, missing=f"no test row of {task} in common"), 0, None
                 weight = 1 / (len(repeats) * len(pairs) * len(pair.run.tasks) * len(common))
                 for row in sorted(common):
                     share = weight * (mine[task][row] - theirs[task][row])
                     contributions[task, row] = contributions.get((task, row), 0.0) + share
     if not contributions:
-        return Test(0, missing="no run in common"), 0
-    return Test(len(contributions), sign_flip_test(list(contributions.values()))), len(unshared)
+        return Test(0, missing="no run in common"), 0, None
+    values = list(contributions.values())
+    return Test(len(values), sign_flip_test(values)), len(unshared), math.fsum(values)
 
 
 def _corrected(scopes: Sequence[Scope]) -> list[Scope]:

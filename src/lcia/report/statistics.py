@@ -15,6 +15,7 @@ from lcia.seeds import stable_seed
 CONFIDENCE = 0.95
 RESAMPLES = 2000  # of the bootstrap
 SIGN_FLIPS = 9999  # of the permutation test
+_AT_ONCE = 100  # resamples: of 100,000 examples all of them would be gigabytes
 _NO_SPREAD = 1e-9  # of a score's size: less is what rounding leaves of equal numbers
 
 Values = NDArray[np.float64]
@@ -73,7 +74,7 @@ def sign_flip_test(contributions: Sequence[float], *names: str) -> float:
         alternative="greater",
         n_resamples=SIGN_FLIPS,
         vectorized=True,
-        batch=500,
+        batch=max(1, min(500, 5_000_000 // telling.size)),  # what is in memory at once
         random_state=np.random.default_rng(stable_seed(0, "sign flips", *names)),
     )
     return float(found.pvalue)
@@ -110,8 +111,10 @@ def bootstrap_matrices(scores: Sequence[Values], names: Sequence[str]) -> Values
     for i, (of_task, name) in enumerate(zip(scores, names, strict=True)):
         n = of_task.shape[1]
         random = np.random.default_rng(stable_seed(0, "bootstrap", name))
-        times = random.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # (B, n) how often each example is drawn
-        matrices[:, :, i] = times @ of_task.T / n
+        for first in range(0, RESAMPLES, _AT_ONCE):
+            some = min(_AT_ONCE, RESAMPLES - first)
+            times = random.multinomial(n, np.full(n, 1 / n), size=some)  # (b, n) how often each example is drawn
+            matrices[first : first + some, :, i] = times @ of_task.T / n
     return matrices
 
 

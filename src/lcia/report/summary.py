@@ -158,13 +158,16 @@ def verdicts(scope: Scope) -> list[str]:
     """Which differences hold after Holm's correction, and which are left open: one sentence a test."""
     sentences = []
     for over, tests in (
-        (scope.over, [one.repeats for one in scope.contrasts]),
-        ("test rows", [one.examples for one in scope.contrasts]),
+        (
+            scope.over,
+            [(one.repeats, None if one.difference is None else one.difference.mean) for one in scope.contrasts],
+        ),
+        ("test rows", [(one.examples, one.examples_difference) for one in scope.contrasts]),
     ):
         found: dict[str, list[str]] = {"higher": [], "lower": [], "undecided": []}
-        for one, test in zip(scope.contrasts, tests, strict=True):
-            if test.corrected is not None and one.difference is not None:
-                sign = "higher" if one.difference.mean > 0 else "lower"
+        for one, (test, difference) in zip(scope.contrasts, tests, strict=True):
+            if test.corrected is not None and difference is not None:
+                sign = "higher" if difference > 0 else "lower"
                 found[sign if test.corrected < ALPHA else "undecided"].append(one.label)
         said = "; ".join(f"{word}: {', '.join(labels)}" for word, labels in found.items() if labels)
         if said:
