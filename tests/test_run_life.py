@@ -16,6 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lcia import training
+from lcia.adapters.pool import AdapterPool
+from lcia.answering import answer_requests
 from lcia.errors import GateError, UserError
 from lcia.progress import Reporter
 from lcia.regrouping import regroup
@@ -318,9 +320,10 @@ def test_a_task_that_was_cut_short_is_not_taken_for_learned(tiny_config, monkeyp
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = True
 
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="ended after 1 of 4 steps"):
+    with monkeypatch.context() as patched:
         patched.setattr(training._Moments, "on_step_end", stop)
-        measure(config)
+        with pytest.raises(RuntimeError, match="ended after 1 of 4 steps"):
+            measure(config)
     assert not RunFolder(config.output_dir).records("stage_learned")
     assert go_on(Path(config.output_dir))["tasks"] == ["colours"]
 
@@ -410,6 +413,29 @@ def test_whatever_is_done_with_a_run_can_be_watched(tiny_config, tiny_stream, mo
         (resume,),
     ):
         assert "│ base model │" in watched(work, folder, *arguments)
+
+
+def test_a_request_loads_the_weights_of_its_group_alone(tiny_config, monkeypatch) -> None:
+    folder = Path(tiny_config().output_dir)
+    measure(tiny_config())
+    load, loaded = AdapterPool.load, []
+
+    def noted(self: AdapterPool, name: str, place: Path) -> None:
+        loaded.append(name)
+        load(self, name, place)
+
+    monkeypatch.setattr(AdapterPool, "load", noted)
+    requests = [("item 1", "Name the colour"), ("item 1", "Which animal is it")]
+    together = answer_requests(folder, requests)
+    assert sorted(loaded) == ["animals", "colours"]
+    loaded.clear()
+    assert answer_requests(folder, requests[1:]) == together[1:]
+    assert loaded == ["animals"]
+    weights = folder / "history" / "paints" / "colours" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert answer_requests(folder, requests[1:]) == together[1:]
+    with pytest.raises(UserError, match=r"colours/adapter_model\.safetensors: its content is not"):
+        answer_requests(folder, requests)
 
 
 def test_groups_change_by_hand_with_a_reason(tiny_config) -> None:

@@ -78,7 +78,7 @@ def answer_requests(
     texts = [user_text(request, instruction, system) for request, instruction in requests]
     for path in images:
         open_image(path)  # a wrong name must not wait for the model
-    session = open_run(folder)
+    session = open_run(folder, all_adapters=False)
     reader = session.backbone.reader
     if images and not reader.sees:
         raise UserError(f"--image: model {session.config.model!r} of {folder} reads text only")
@@ -96,7 +96,7 @@ def answer_requests(
                 f"the request has {len(prompt)} tokens, which with {limit} new ones does not fit max_length "
                 f"{session.config.max_length}"
             )
-    matches = session.method.route(rows)
+    matches = session.route(rows)
     groups = [match.group for match in matches]
     answers = generate_answers(session.pool, reader, groups, prompts, decoding)
     return [

@@ -26,7 +26,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -297,16 +297,21 @@ class RunFolder:
         if (source / "codebook.json").is_file():
             write_text(self.path / "codebook.json", (source / "codebook.json").read_text(encoding="utf-8"))
 
-    def load_snapshot(self, record: Mapping[str, Any], pool: Pool, method: Combined) -> None:
-        """Load what `save_snapshot` wrote. Raises UserError as `check_snapshot` does."""
-        self.load_adapters(record, pool)
-        _load_method(method, self._history / record["stage"])
+    def load_snapshot(
+        self, record: Mapping[str, Any], pool: Pool, method: Combined, adapters: Collection[str] | None = None
+    ) -> None:
+        """Load what `save_snapshot` wrote, of the adapters all or those named. Raises UserError as `check_snapshot`."""
+        self.load_adapters(record, pool, adapters)
+        folder = self._history / record["stage"]
+        _check_files(folder, {name: digest for name, digest in record["files"].items() if "/" not in name})
+        _load_method(method, folder)
 
-    def load_adapters(self, record: Mapping[str, Any], pool: Pool) -> None:
-        """Load the adapters that `save_snapshot` wrote. Raises UserError as `check_snapshot` does."""
-        folder = self.check_snapshot(record)
+    def load_adapters(self, record: Mapping[str, Any], pool: Pool, adapters: Collection[str] | None = None) -> None:
+        """Load the adapters that `save_snapshot` wrote, or those named. Raises UserError as `check_snapshot` does."""
         for name in record["sha256"]:
-            pool.load(name, folder / name)
+            if adapters is None or name in adapters:
+                files = {file: digest for file, digest in record["files"].items() if file.startswith(f"{name}/")}
+                pool.load(name, _check_files(self._history / record["stage"], files) / name)
 
     def check_snapshot(self, record: Mapping[str, Any]) -> Path:
         """The folder of a snapshot, each file compared with the hash in its ledger line.

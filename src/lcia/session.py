@@ -32,6 +32,7 @@ from lcia.ema.sharding import whole
 from lcia.errors import UserError
 from lcia.evaluation import Decoding
 from lcia.files import file_sha256
+from lcia.grouping import Match
 from lcia.methods import Combined, Placement, build_method
 from lcia.processes import is_sharding
 from lcia.progress import Reporter
@@ -93,12 +94,24 @@ class Session:
         """The stream with prompts that fit the model, where they have demonstrations to do without."""
         return fit_demonstrations(stream, self.backbone.reader, self.backbone.layout, self.config)
 
-    def go_to(self, snapshot: dict[str, Any] | None) -> None:
-        """Method and pool as the ledger's line `snapshot` left them; None: before anything was learned."""
+    def go_to(self, snapshot: dict[str, Any] | None, adapters: Collection[str] | None = None) -> None:
+        """Method and pool as the ledger's line `snapshot` left them; None: before anything was learned.
+
+        Args:
+            adapters: only these are loaded.
+        """
         self.method = build_method(self.config.method_parts())
         self.method.attach(self.pool, self.backbone)
         if snapshot is not None:
-            self.folder.load_snapshot(snapshot, self.pool, self.method)
+            self.folder.load_snapshot(snapshot, self.pool, self.method, adapters)
+
+    def route(self, rows: Sequence[Row]) -> list[Match]:
+        """The group that answers each row; of a run that was opened without its adapters, theirs are loaded now."""
+        matches = self.method.route(rows)
+        missing = {match.group for match in matches if match.group is not None} - set(self.pool.names)
+        if missing and self.method.codebook is not None:
+            self.folder.load_adapters(self.folder.snapshots()[-1], self.pool, missing)
+        return matches
 
     def load_anew(self, placement: Placement) -> None:
         """Model, pool and method whole again in every process, behind a task learned with all weights sharded (FSDP2).
@@ -126,8 +139,13 @@ class Session:
                 parameter.copy_(learned[key])
 
 
-def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbone) -> Session:
+def open_session(
+    folder: RunFolder, config: RunConfig, stream: Stream, backbone: Backbone, adapters: Collection[str] | None = None
+) -> Session:
     """The run as its last snapshot left it.
+
+    Args:
+        adapters: only these are loaded.
 
     Raises:
         UserError: the model's weights are not those the run began with, or a snapshot's file was altered.
@@ -149,7 +167,7 @@ def open_session(folder: RunFolder, config: RunConfig, stream: Stream, backbone:
     )
     session.stream = session.fitted(stream)
     snapshots = folder.snapshots()
-    session.go_to(snapshots[-1] if snapshots else None)
+    session.go_to(snapshots[-1] if snapshots else None, adapters)
     for record in snapshots:
         for task, placement in record["placements"].items():
             session.placements[task] = Placement(**placement)
@@ -199,12 +217,17 @@ def make_pool(config: RunConfig, backbone: Backbone) -> Pool:
     return build_method(config.method_parts()).make_pool(backbone, lora, config.seed)
 
 
-def open_run(path: Path) -> Session:
-    """A run's model, pool and method as its last snapshot left them, for answering requests: no data is read."""
+def open_run(path: Path, all_adapters: bool = True) -> Session:
+    """A run's model, pool and method as its last snapshot left them, for answering requests: no data is read.
+
+    Args:
+        all_adapters: False: where a codebook routes, `Session.route` loads those that it sends requests to.
+    """
     folder = RunFolder(path).require_run()
     config = frozen_config(folder)
     backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
-    return open_session(folder, config, Stream("none", ()), backbone)
+    by_codebook = not all_adapters and build_method(config.method_parts()).codebook is not None
+    return open_session(folder, config, Stream("none", ()), backbone, () if by_codebook else None)
 
 
 def base_model(folder: RunFolder, config: RunConfig) -> str:
