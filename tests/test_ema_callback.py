@@ -336,6 +336,25 @@ def test_what_the_trainers_loggers_upload_is_whole_and_the_average(tmp_path):
     assert same(uploaded, callback.ema.averages)
 
 
+def test_a_callback_that_was_replaced_or_met_its_trainer_later(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    run = trainer(tmp_path, **saving)
+    for _ in range(2):
+        callback = DynamicEMACallback(rule="fixed", trainer=run)
+        run.add_callback(callback)
+        run.train()
+        assert same(raw(run.model), callback.ema.averages)
+        stored = load_file(tmp_path / f"checkpoint-{STEPS}" / "ema.safetensors")
+        assert torch.equal(stored["average/body.3.bias"], callback.ema.averages["body.3.bias"])
+        run.remove_callback(callback)
+    late = DynamicEMACallback(rule="fixed")
+    run = trainer(tmp_path / "late", late, **saving)
+    late.trainer = run
+    run.train()
+    assert same(raw(run.model), late.ema.averages)
+    assert (tmp_path / "late" / "checkpoint-2" / "ema.safetensors").is_file()
+
+
 class CallsOff(TrainerCallback):
     """Decides after everybody else that there is no evaluation."""
 

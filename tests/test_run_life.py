@@ -268,6 +268,37 @@ def test_a_task_that_comes_back_with_other_data_is_measured_anew(tiny_config, da
     assert Path("predictions/0/dogs.jsonl") in made[0]
 
 
+def test_a_cell_that_an_older_row_lacks_is_measured_with_that_rows_weights(tiny_config) -> None:
+    """As of a run that an older version rolled back and extended again."""
+    config = tiny_config(max_steps=12)
+    results = measure(config)
+    ledger = Path(config.output_dir) / "ledger.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    row = next(line for line in lines if line["event"] == "row_measured" and line["row"] == 2)
+    cell = Path(config.output_dir) / "predictions" / "2" / "paints.jsonl"
+    told = cell.read_text()
+    for kind in ("scores", "routing"):
+        del row[kind]["paints"]
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert without_cost(go_on(Path(config.output_dir))) == without_cost(results)
+    assert cell.read_text() == told
+    last = Path(config.output_dir) / "predictions" / "3" / "paints.jsonl"
+    assert [json.loads(line)["prediction"] for line in last.read_text().splitlines()] != [
+        json.loads(line)["prediction"] for line in told.splitlines()
+    ]  # so that the last row's weights would show
+
+
+def test_a_task_that_an_older_version_learned_unasked_belongs_to_the_run(tiny_config, data) -> None:
+    config = tiny_config(stream=str(data))
+    results = measure(config)
+    ledger = Path(config.output_dir) / "ledger.jsonl"
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for fact in ("data_sha256", "instructions_sha256", "scorers"):
+        del lines[0][fact]["cats"]  # as if it had been put there later
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert without_cost(go_on(Path(config.output_dir))) == without_cost(results)
+
+
 def test_rolled_back_changes_of_groups_are_told(tiny_config, capsys) -> None:
     config = tiny_config(tasks=["colours", "animals"])
     measure(config)

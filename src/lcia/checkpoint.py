@@ -44,8 +44,9 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
     A damaged checkpoint costs time, not correctness: the task then starts again.
 
     Raises:
-        UserError: another number of processes wrote it; the batches behind it would be others than those before.
+        UserError: as `check_processes` does.
     """
+    check_processes(state)
     whole: dict[int, Checkpoint] = {}
     needed: set[int] = set()  # the best epochs, to which the task may go back
     damaged = []
@@ -53,12 +54,6 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
         facts = json.loads(mark.read_text(encoding="utf-8"))
         if facts["task"] != task:
             continue
-        then, now = facts.get("processes", count()), count()  # marks of older versions do not tell
-        if then != now:
-            raise UserError(
-                f"{mark.parent}: was written by {then} processes, and here are {now}: the rest of {task!r} would have "
-                f"other batches. Launch {then}, or remove {state}: then the task starts again"
-            )
         wrong = _altered(mark.parent, facts)
         if wrong:
             damaged.append(f"{mark.parent}: {', '.join(wrong)} is missing or was altered; the checkpoint is not used")
@@ -70,6 +65,18 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
     if not whole or damaged or lost:
         return None, [*damaged, *lost]
     return whole[max(whole)], []
+
+
+def check_processes(state: Path) -> None:
+    """Raises UserError where another number of processes wrote a checkpoint: the batches behind it would be others."""
+    for mark in state.glob(f"checkpoint-*/{_MARK}"):
+        facts = json.loads(mark.read_text(encoding="utf-8"))
+        then, now = facts.get("processes", count()), count()  # marks of older versions do not tell
+        if then != now:
+            raise UserError(
+                f"{mark.parent}: was written by {then} processes, and here are {now}: the rest of {facts['task']!r} "
+                f"would have other batches. Launch {then}, or remove {state}: then the task starts again"
+            )
 
 
 def checkpoint_at(state: Path, step: int) -> Checkpoint:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcia.backbone import cache_dir, load_backbone
-from lcia.checkpoint import clear_checkpoints
+from lcia.checkpoint import check_processes, clear_checkpoints
 from lcia.config import RunConfig, absolute_stream, load_config
 from lcia.errors import GateError, UserError
 from lcia.evaluation import AnswerCache
@@ -79,6 +79,8 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
     with folder.lock():
         config = frozen_config(folder)
         check_sharding(config)
+        for state in (folder.state, RunFolder(folder.init).state):
+            check_processes(state)
         stream = current_stream(folder, config, reporter)
         stream = replace(stream, notes=(*stream.notes, *not_in_the_run(config, stream)))
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
@@ -335,7 +337,7 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
         reporter.row(row, rows[row]["scores"])
 
     cache = AnswerCache(cache_dir() / "answers", session.engine())
-    finished = len(folder.records("stage_learned"))
+    learned = folder.records("stage_learned")
 
     def going_on() -> None:
         """Something is computed now: the ledger tells with what, where that is not what came before."""
@@ -343,10 +345,8 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
             folder.confirm("went_on", **circumstances())
             drifted.clear()
 
-    for row, stage in plan:
-        if stage and finished:
-            finished -= 1
-        elif stage:
+    for number, (row, stage) in enumerate(plan):
+        if stage and number > len(learned):
             going_on()
             learn_stage(session, stage, reporter)
         # After task j the next one is measured too: how well it goes untaught is forward transfer.
@@ -358,7 +358,12 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
         if missing:
             going_on()
             split, target = config.eval_split, folder.path / "predictions"
+            later = 0 < number < len(learned)  # a cell that a rollback took, of a task that was learned again
+            if later:
+                session.go_to(learned[number - 1])
             facts = measure_row(session, cache, row, missing, split, target, reporter, with_oracle=is_last)
+            if later:
+                session.go_to(folder.snapshots()[-1])
             folder.confirm("row_measured", **facts)
             rows = measured()
             reporter.row(row, rows[row]["scores"])
@@ -380,6 +385,7 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
     return results
 
 
+@on_main  # processes may run on unlike machines, and what follows from this they must do together
 def _drifted(folder: RunFolder) -> list[str]:
     """What changed since the run was last worked on: numbers may differ in their last digits, or batches in size."""
     then, now = folder.records("run_began", "went_on")[-1], circumstances()

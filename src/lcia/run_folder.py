@@ -327,6 +327,8 @@ def _rolled_back(lines: list[dict[str, Any]], to: str) -> list[dict[str, Any]]:
     end = max(i for i, line in enumerate(lines) if line.get("stage") == to) + 1
     while end < len(lines) and lines[end]["event"] in ("row_measured", "went_on"):
         end += 1
+    while lines[end - 1]["event"] == "went_on":  # with what comes behind, which goes
+        end -= 1
     learned = {task for line in lines[:end] if line["event"] == "stage_learned" for task in line["placements"]}
     return [
         {**line, **{key: {task: line[key][task] for task in line[key] if task in learned} for key in _CELLS}}

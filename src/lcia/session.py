@@ -374,9 +374,13 @@ def current_stream(
         return load_run_stream(config, reporter)
     sources: list[tuple[Any, list[str]]] = []  # and which tasks of each
     began: dict[str, dict[str, str]] = {"data_sha256": {}, "instructions_sha256": {}, "scorers": {}}
+    # older versions learned on `resume` what the stream's folder had been given meanwhile, and noted nothing of it
+    named = {name for record in records for name in (*record.get("data_sha256", ()), *record.get("tasks", ()))}
+    learned = (task for record in folder.records("stage_learned") for task in record["placements"])
+    unnamed = [task for task in learned if task not in named]
     for record in records if to is None else [*records, {"event": "rolled_back", "to": to}]:
         if record["event"] == "run_began":
-            sources.append((config.stream, list(record["data_sha256"])))
+            sources.append((config.stream, [*record["data_sha256"], *unnamed]))
         elif record["event"] == "extended":
             sources.append((record["source"], record["tasks"]))
         else:
@@ -384,7 +388,7 @@ def current_stream(
         for fact, values in began.items():
             values.update(record.get(fact, {}))  # lines of older versions have the rows' hash alone
     try:
-        parts = [additional_stream(config, source, names, reporter) for source, names in sources]
+        parts = [additional_stream(config, _entries_of(source, names), names, reporter) for source, names in sources]
     except UserError as error:
         raise UserError(f"{folder.path}: its data cannot be read as when it began: {error}") from None
     tasks = [task for part in parts for task in part]
@@ -403,6 +407,11 @@ def current_stream(
                     "or start a new run"
                 )
     return Stream(parts[0].name, tuple(tasks), tuple(notes))
+
+
+def _entries_of(source: Any, names: list[str]) -> Any:
+    """Of a list of tasks those: what a rollback took may be there no more."""
+    return [entry for entry in source if entry["name"] in names] if isinstance(source, list) else source
 
 
 def not_in_the_run(config: RunConfig, stream: Stream) -> tuple[str, ...]:

@@ -516,7 +516,7 @@ class DynamicEMA:
         for kind, vector in self._memory.items():
             state[f"memory/{kind}"] = vector[order]
         if self._followed is not None:
-            state["memory/followed"] = self._sum(self._followed.product)[:, order]
+            state["memory/followed"] = self._sum(self._followed.product())[:, order]
         return state
 
     @torch.no_grad()
@@ -545,7 +545,7 @@ class DynamicEMA:
         for kind, vector in self._memory.items():
             vector[order] = state[f"memory/{kind}"].to(vector)
         if self._followed is not None:
-            followed = torch.empty_like(self._followed.product)
+            followed = torch.empty_like(self._followed.product())
             followed[:, order] = state["memory/followed"].to(followed)
             self._followed.restore(followed)
         self.steps, self.skipped_steps = int(state["steps"]), int(state.get("skipped_steps", 0))

@@ -86,6 +86,7 @@ class DynamicEMACallback(TrainerCallback):
         self._evaluations_left = 0
         self._evaluated = False  # in this step, with θ*
         self._training = False
+        self._saved: int | None = None  # the step of the last checkpoint
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,9 +96,10 @@ class DynamicEMACallback(TrainerCallback):
         rows = args.train_batch_size
         if args.auto_find_batch_size:
             # the loader's own: of a training that resumes, `state` has what the checkpoint was trained with
-            together = getattr(kwargs.get("train_dataloader"), "total_batch_size", None)
+            together = getattr(kwargs.get("train_dataloader"), "total_batch_size", None) if state.global_step else None
             rows = state.train_batch_size if together is None else together // args.world_size
             if rows < self._rows and self._training and state.global_step:
+                self._rows, self._training = 0, False
                 raise RuntimeError(
                     "memory was short when training resumed, and it began again from weights that were trained on "
                     f"already: resume once more, with per_device_train_batch_size={rows}"
@@ -125,7 +127,7 @@ class DynamicEMACallback(TrainerCallback):
                     f"{file} is the average after {found} steps, and training resumes behind step {state.global_step}. "
                     "Give resume_from= the folder that resume_from_checkpoint names"
                 )
-        self._evaluations_left, self._raw = 0, []  # of a training that broke off
+        self._evaluations_left, self._raw, self._saved = 0, [], None  # of a training that broke off
         self._unclip = 1.0
         self._training = True
         self._stop_watching()
@@ -223,11 +225,13 @@ class DynamicEMACallback(TrainerCallback):
             self.add_values(state, kwargs["logs"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer is None:
-            self.save(args, state)
+        self.save(args, state)
 
     def save(self, args: TrainingArguments, state: TrainerState) -> None:
-        """θ* and what the rule needs, into the checkpoint that the Trainer has just written."""
+        """θ* and what the rule needs, into the checkpoint that the Trainer has just written; once."""
+        if self._saved == state.global_step:
+            return
+        self._saved = state.global_step
         if self._evaluations_left:
             raise RuntimeError("a checkpoint was saved in the middle of an evaluation: it holds θ* instead of θ")
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -236,11 +240,12 @@ class DynamicEMACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer is None:
-            self.end(args, state, kwargs["model"])
+        self.end(args, state, kwargs["model"])
 
     def end(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        """Give the model the weights that it shall have after training."""
+        """Give the model the weights that it shall have after training; once."""
+        if not self._training:
+            return
         ema = self._running()
         self._evaluated = self._training = False
         self._stop_watching()
@@ -331,16 +336,25 @@ class _First(TrainerCallback):
     def __init__(self, owner: DynamicEMACallback):
         self._owner = owner
 
+    @property
+    def _is_called(self) -> bool:
+        """Whether the owner is still one of the Trainer's callbacks."""
+        trainer = self._owner.trainer
+        return trainer is not None and self._owner in trainer.callback_handler.callbacks
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._owner.add_values(state, kwargs["logs"])
+        if self._is_called:
+            self._owner.add_values(state, kwargs["logs"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._owner.save(args, state)
+        if self._is_called:
+            self._owner.save(args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._owner.end(args, state, kwargs["model"])
+        if self._is_called:
+            self._owner.end(args, state, kwargs["model"])
 
 
 def _loss_scale(optimizer: Any) -> float:

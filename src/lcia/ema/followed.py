@@ -29,7 +29,6 @@ class Followed:
     def __init__(self, layout: Layout, sizes: Sequence[int], positions: Sequence[Tensor | None]):
         n, device = len(sizes), layout.device
         generator = torch.Generator().manual_seed(0)
-        here = torch.zeros(FOLLOWED, n, dtype=torch.bool)
         flat, slots = [], []
         for tensor, (size, held) in enumerate(zip(sizes, positions, strict=True)):
             picked = torch.arange(size)
@@ -40,34 +39,37 @@ class Followed:
                 place = torch.searchsorted(held.contiguous(), picked).clamp_max(max(0, len(held) - 1))
                 mine = held[place] == picked if len(held) else torch.zeros_like(picked, dtype=torch.bool)
                 picked, slot = place[mine], slot[mine]
-            here[slot, tensor] = True
             flat.append(layout.first_row[tensor] * WIDTH + picked)
             slots.append(slot * n + tensor)
-        self._here = here.to(device)  # (F, n)
+        self._shape = (FOLLOWED, n)
         self._count = torch.tensor([min(size, FOLLOWED) for size in sizes], device=device)  # (n,)
-        self.product = self._here.float()  # (F, n) Π β, 0 where another process holds the element
-
-        index = torch.cat(flat)  # positions in the flat buffer, ascending
-        slot_of = torch.cat(slots).to(device)
+        self._held = torch.tensor([len(mine) for mine in slots], device=device)  # (n,) of these, by this process
+        self._slot = torch.cat(slots).to(device)  # (K,) where in (F, n)
+        index = torch.cat(flat)  # (K,) positions in the flat buffer, ascending
+        self._product = torch.ones(len(index), device=device)  # (K,) Π β, in this order: a block's are neighbours
         self._of_block = {}
         for block in layout.blocks:
             bounds = torch.tensor([block.first * WIDTH, block.last * WIDTH])
             first, last = torch.searchsorted(index, bounds).tolist()
-            self._of_block[block.first] = (
-                (index[first:last] - block.first * WIDTH).to(device),
-                slot_of[first:last],
-            )
+            inside = (index[first:last] - block.first * WIDTH).to(device)
+            self._of_block[block.first] = (inside, self._product[first:last])
 
     def multiply(self, block: Block, move: Tensor) -> None:  # (rows of the block, W)
         """Multiply by β = 1 − move in this block."""
-        index, slot = self._of_block[block.first]
-        product = self.product.view(-1)
-        product[slot] *= 1 - move.reshape(-1)[index]
+        inside, product = self._of_block[block.first]
+        product.mul_(1 - move.reshape(-1).index_select(0, inside))
 
     def mean_parts(self) -> Tensor:  # (n,)
         """What this process adds to the mean of Π β over the followed elements of each tensor."""
-        return self.product.sum(0, dtype=wide_dtype(self.product.device)) / self._count
+        wide = self._product.to(wide_dtype(self._product.device))
+        return torch.segment_reduce(wide, "sum", lengths=self._held, unsafe=True) / self._count
+
+    def product(self) -> Tensor:  # (F, n)
+        """Π β, 0 where another process holds the element."""
+        found = self._product.new_zeros(self._shape)
+        found.view(-1)[self._slot] = self._product
+        return found
 
     def restore(self, product: Tensor) -> None:  # (F, n)
         """Continue from the product of all processes."""
-        self.product.copy_(torch.where(self._here, product.to(self.product), 0))
+        self._product.copy_(product.to(self._product).view(-1)[self._slot])
