@@ -87,7 +87,7 @@ def measure(model: str | None = None, sizes: Sequence[int] = SIZES) -> list[dict
             files = sorted((run / "predictions").glob("*/*.jsonl"))
             changed = sum(
                 file.read_text(encoding="utf-8")
-                != (run / "evaluations" / "test" / file.parent.name / file.name).read_text(encoding="utf-8")
+                != (run / "evaluations" / "test-all-rows" / file.parent.name / file.name).read_text(encoding="utf-8")
                 for file in files
             )
             if len(files) != sum(row["evaluations_run"] for row in again["rows"]):

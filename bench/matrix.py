@@ -104,7 +104,7 @@ def by_hand(run: Path, helped: bool) -> dict[str, Any]:
             else:
                 model = PeftModel.from_pretrained(model, adapter.parent, adapter_name=name)
         model.to(device).eval()
-        for file in sorted((run / "evaluations" / "test" / str(number)).glob("*.jsonl")):
+        for file in sorted((run / "evaluations" / "test-all-rows" / str(number)).glob("*.jsonl")):
             records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             cells += 1
             for group in dict.fromkeys(record["group"] for record in records):

@@ -273,7 +273,7 @@ def test_an_init_stage_is_a_run_before_the_run(lives: Callable[[str], Lived]) ->
     made = [len((log / "training_log.jsonl").read_text().splitlines()) for log in (folder / "init", folder)]
     assert [init.stage.steps, planned.steps] == [made[0], sum(made)]
     files = {path.stat().st_ino: path.stat().st_size for path in (folder / "init").rglob("*.safetensors")}
-    assert 0 <= sum(files.values()) - planned.disk.init < 8000  # names and shapes of tiny tensors
+    assert 0 <= sum(files.values()) - planned.disk.init < 4000 * len(files)  # names and shapes of tiny tensors
     assert "Init: 2 tasks at once, 32 rows, 2 of the steps" in printed(planned)
 
 

@@ -133,7 +133,7 @@ def test_two_processes_learn_and_answer_as_one(method: Any, changes: Any, tiny_c
     (again,) = launch(["eval", str(tmp_path / "two"), "--all-rows", "--recompute"], 1)
     assert again.returncode == 0, again.stderr
     shared = predictions(tmp_path / "two" / "predictions")
-    assert shared == predictions(tmp_path / "two" / "evaluations" / "test")
+    assert shared == predictions(tmp_path / "two" / "evaluations" / "test-all-rows")
     if method == "lcia":  # the others learn one answer to everything
         assert len({answer for answers in shared.values() for answer in answers}) > 1
 

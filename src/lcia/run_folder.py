@@ -7,7 +7,7 @@
                          codebook.json (methods with groups), method.safetensors, method.json
       state/             checkpoints of the task in progress
       init/              of a run with an Init stage: how it was learned, and init/model, the base it left
-      pool/GROUP/        the adapters of the last stage
+      pool/GROUP/        the adapters of the last stage: copies, for whoever uses them
       codebook.json      the codebook of the last stage
       predictions/ROW/TASK.jsonl
       evaluations/       what `lcia eval` measured later

@@ -65,10 +65,10 @@ def count_evaluations(tasks: Sequence[str], stages: Sequence[StageRehearsed], an
 class Disk:
     """Bytes of a run folder: weights and states; tables, logs and predictions are not counted."""
 
-    pool: int  # hard links into history, where the file system has them: then it takes nothing of its own
+    pool: int  # a copy of what is last in history
     history: int
     checkpoints: int  # at most, while a task is learned
-    init: int = 0  # of an Init stage: the merged base, and the adapter that was merged
+    init: int = 0  # of an Init stage: the merged base, and the adapter that was merged, in history and pool
 
 
 def count_disk(found: Rehearsal, method: int, checkpoints: int) -> Disk:

@@ -560,7 +560,9 @@ def _disk(
     if init is None:
         return own
     before = count_disk(init.found, 0, 2 if init.plan.stage.steps > config.save_steps else 0)
-    return replace(own, init=weights.all + before.history, checkpoints=max(own.checkpoints, before.checkpoints))
+    return replace(
+        own, init=weights.all + before.history + before.pool, checkpoints=max(own.checkpoints, before.checkpoints)
+    )
 
 
 def _notes(config: RunConfig, method: Combined, stream: Stream, rows: _Rows, gpus: int | None) -> Iterator[str]:

@@ -128,7 +128,7 @@ def _fit(plan: Plan, memory_gib: float) -> str:
 
 def _disk(plan: Plan) -> str:
     disk = plan.disk
-    parts = [f"history {size(disk.history)}", f"pool {size(disk.pool)} (hard links into history where there are any)"]
+    parts = [f"history {size(disk.history)}", f"pool {size(disk.pool)}"]
     if disk.checkpoints:
         parts.append(f"checkpoints up to {size(disk.checkpoints)} while a task is learned")
     if disk.init:
