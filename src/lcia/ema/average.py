@@ -352,8 +352,11 @@ class DynamicEMA:
         seen = self._layout.spread(self._memory["seen"] > 0)  # (R, 1)
         for block in self._layout.blocks:
             moment = self._moment(block, now)
-            reads = {name: READS[name](moment, None) for name in self._rule.reads if name in READS}
-            move = self._rule.move(**self._arguments(reads))
+            work, into = self._work[: block.last - block.first], self._rule.into
+            reads = {
+                name: READS[name](moment, work if name == into else None) for name in self._rule.reads if name in READS
+            }
+            move = self._rule.move(**self._arguments(reads), **({"out": work} if into else {}))
             if self._rule.falls_back:
                 usable = (move > 0) & (move < 1) & seen[block.rows]
                 move = torch.where(usable, move, 1 - self.fallback)

@@ -33,12 +33,15 @@ class Rule:
         reads: what the rule looks at, names in READS, or one of the three at the top of this file.
         per: what one β belongs to unless the user says otherwise: "element", "tensor" or "layer".
         falls_back: whether a β outside the open interval (0, 1) is replaced by the fallback and counted.
+        into: the read in whose memory `move` may write its result, given as `out`: new memory for every block costs a
+            third of a step.
     """
 
     move: Callable[..., Tensor]
     reads: tuple[str, ...]
     per: str = "tensor"
     falls_back: bool = True
+    into: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ def released(*, gradient: Tensor, offset: Tensor, gradient_change: Tensor) -> Te
     return 2 * (1 + gradient) / (offset * gradient_change)
 
 
-def fisher(*, importance: Tensor, curvature: Tensor, exponent: float) -> Tensor:
+def fisher(*, importance: Tensor, curvature: Tensor, exponent: float, out: Tensor | None = None) -> Tensor:
     """`fisher`: β = w^(1/total_steps), w = λF_old / (λF_old + F_new), so that Π β over the task is w.
 
-    `importance` is F_old, `curvature` F_new / λ: only their ratio counts.
+    `importance` is F_old, `curvature` F_new / λ: only their ratio counts. `out` may be one of them.
 
     Two quadratic losses with curvatures F_old around the start point and F_new around the new minimum have their joint
     minimum at w · start + (1 − w) · new: the mean of the Laplace posterior. Where the old tasks need nothing
@@ -111,7 +114,7 @@ def fisher(*, importance: Tensor, curvature: Tensor, exponent: float) -> Tensor:
     Nothing to fall back from: β is in [0, 1] for any F ≥ 0, and unchanged when all F are multiplied by one number.
     """
     # 1 − β of w = 1 / (1 + F_new / λF_old). 0/0 is an element nobody has needed yet: w = 0, it follows the training
-    ratio = (curvature / importance).nan_to_num_(nan=math.inf, posinf=math.inf)
+    ratio = torch.div(curvature, importance, out=out).nan_to_num_(nan=math.inf, posinf=math.inf)
     return ratio.log1p_().mul_(-exponent).expm1_().neg_()
 
 
@@ -121,7 +124,7 @@ RULES: dict[str, Rule] = {
     "eq14": Rule(stationary, ("gradient_plus_one", "step", "offset", "gradient_change")),
     "eq45": Rule(printed, ("previous_offset", "gradient_plus_one", "offset", "gradient_change")),
     "released": Rule(released, ("gradient", "offset", "gradient_change")),
-    "fisher": Rule(fisher, ("importance", "curvature", "exponent"), per="element", falls_back=False),
+    "fisher": Rule(fisher, ("importance", "curvature", "exponent"), per="element", falls_back=False, into="curvature"),
 }
 
 
