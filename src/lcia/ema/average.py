@@ -349,6 +349,8 @@ class DynamicEMA:
         """One β per element. Returns the means of β, of whether it fell back, and of Π β, each (n,)."""
         sums = self._layout.row_sums(2)  # (2, R)
         moves = self._layout.spread(now.moves.float())  # (R, 1)
+        # nearly always; a GPU would have to be waited for, to know whether
+        all_move = now.moves.device.type == "cpu" and bool(now.moves.all())
         seen = self._layout.spread(self._memory["seen"] > 0)  # (R, 1)
         for block in self._layout.blocks:
             moment = self._moment(block, now)
@@ -361,7 +363,7 @@ class DynamicEMA:
                 usable = (move > 0) & (move < 1) & seen[block.rows]
                 move = torch.where(usable, move, 1 - self.fallback)
                 torch.sum(block.clear_padding((~usable).float()), 1, out=sums[1, block.rows])
-            move = block.clear_padding(move.mul_(moves[block.rows]))
+            move = block.clear_padding(move if all_move else move.mul_(moves[block.rows]))
             torch.sum(move, 1, out=sums[0, block.rows])
             followed.multiply(block, move)
             moment.average.lerp_(moment.weights, move)
