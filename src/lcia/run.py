@@ -397,5 +397,5 @@ def _drifted(folder: RunFolder) -> list[str]:
         told += [f"another {what} than so far: {', '.join(changed)}"] if changed else []
     before = then.get("processes", now["processes"])  # lines of older versions do not tell
     if before != now["processes"]:
-        told.append(f"{now['processes']} processes, and so far {before}: as many times the batch size a process")
+        told.append(f"{now['processes']} processes, and so far {before}: a step has other rows than before")
     return told
