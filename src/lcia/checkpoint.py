@@ -116,8 +116,8 @@ def mark_complete(
             os.fsync(file.fileno())
     sync_folder(folder)
     hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-    facts = {"task": task, "step": step, "best": best, "seconds": seconds, "log": log, "files": hashes}
-    facts["processes"] = count()
+    facts = {"task": task, "step": step, "best": best, "seconds": seconds, "processes": count()}
+    facts |= {"log": log, "files": hashes}
     # Not `write_json`: a loss, or a gradient's norm, may not be finite. Training goes on and tells at its end.
     write_text(folder / _MARK, json.dumps(facts) + "\n")
     sync_folder(folder.parent)

@@ -550,8 +550,9 @@ class DynamicEMA:
         for kind, vector in self._memory.items():
             vector[order] = state[f"memory/{kind}"].to(vector)
         if self._followed is not None:
-            followed = torch.empty_like(self._followed.product())
-            followed[:, order] = state["memory/followed"].to(followed)
+            known = state["memory/followed"].to(self._average)  # (F, n)
+            followed = torch.empty_like(known)
+            followed[:, order] = known
             self._followed.restore(followed)
         self.steps, self.skipped_steps = int(state["steps"]), int(state.get("skipped_steps", 0))
         self._forget_gradients()
