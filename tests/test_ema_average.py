@@ -12,6 +12,8 @@ from torch import nn
 
 from lcia.ema import RULES, DynamicEMA
 
+pytestmark = pytest.mark.usefixtures("either_passes")
+
 KEYWORDS = {"fisher": {"total_steps": 10}}
 # Floats per element, from the issue: θ*, and what the rule compares with. fisher reads the optimizer's F_new.
 STATE_BYTES = {"fixed": 4, "eq45": 8, "released": 8, "eq12": 12, "eq14": 12}

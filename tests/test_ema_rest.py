@@ -10,6 +10,8 @@ import torch
 from ema_oracle import Oracle, closed_form
 from lcia.ema import RULES, DynamicEMA
 
+pytestmark = pytest.mark.usefixtures("either_passes")
+
 STEPS, SIZE = 12, 15
 
 

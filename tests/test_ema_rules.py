@@ -15,6 +15,8 @@ from lcia.ema import RULES, DynamicEMA
 from lcia.ema import rules as pure
 from lcia.ema.followed import FOLLOWED
 
+pytestmark = pytest.mark.usefixtures("either_passes")
+
 # odd on purpose: one element, one row more than a row of the flat buffer holds, empty dimensions of size one
 SHAPES = {"bias": (1,), "odd": (3, 5), "cube": (2, 3, 7), "row": (257,), "wide": (1, 300)}
 STEPS = 50

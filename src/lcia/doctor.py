@@ -13,7 +13,8 @@ import torch
 from rich.table import Table
 
 from lcia import processes
-from lcia.backbone import BUILT_IN, cache_dir, packing, resolve_paths
+from lcia.backbone import BUILT_IN, cache_dir, packing, products, resolve_paths
+from lcia.ema import compiled
 from lcia.machine import KERNELS_KEPT, has_glibc, joins_freed_memory
 
 LIBRARIES = ("lcia", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "safetensors")
@@ -58,7 +59,10 @@ def examine() -> Findings:
         "answers": f"{_kept_answers()} kept in the cache, by weights, prompts and decoding; a run waits for "
         "another beside it that is answering the same list (runs of one process each)",
         "image features": "of lite-llava's frozen tower: once per image (and number of threads), kept in the cache",
-        "averages": "one flat buffer for all tensors; no wait for the device but for one check of finite numbers",
+        "averages": _averages(),
+        "float32 products": "oneDNN's: MKL, torch's own choice, takes narrow instructions on AMD's processors"
+        if products.available()
+        else "torch's own choice",
         "processes": _processes(),
         "kernels": f"oneDNN keeps the last {next(filter(None, map(os.environ.get, KERNELS_KEPT)), '1024')}",
         "freed memory": _freed_memory(),
@@ -84,6 +88,15 @@ def _freed_memory() -> str:
     if joins_freed_memory():
         return "joined with its neighbours (glibc's caches of small pieces are off)"
     return "what lies in glibc's caches of small pieces leaves gaps (the command `lcia` starts without them)"
+
+
+def _averages() -> str:
+    if compiled.library() is None:
+        return (
+            "in torch, one flat buffer for all tensors (with a C compiler, installing lcia again would compile what "
+            "goes through float32 weights on a CPU in a fraction of the time)"
+        )
+    return "compiled, for float32 weights on a CPU; else in torch, one flat buffer for all tensors"
 
 
 def _lines() -> str:

@@ -15,6 +15,7 @@ import yaml
 
 from lcia.adapters import Pool, stack_members
 from lcia.config import RunConfig
+from lcia.ema import compiled
 from lcia.methods import Placement
 from lcia.metrics import accuracy_metrics
 from lcia.processes import count
@@ -166,7 +167,8 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"device": "cuda", "kernels": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
     kernels = f"{torch.backends.cpu.get_cpu_capability()}{', bf16' if torch.cpu._is_avx512_bf16_supported() else ''}"
-    return {"device": "cpu", "kernels": kernels, "threads": torch.get_num_threads()}
+    averages = "torch" if compiled.library() is None else "compiled"
+    return {"device": "cpu", "kernels": kernels, "threads": torch.get_num_threads(), "averages": averages}
 
 
 def peak_memory_mib() -> float:

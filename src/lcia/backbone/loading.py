@@ -28,6 +28,7 @@ from transformers import (
 
 from lcia.backbone.cache import cache_dir
 from lcia.backbone.layout import ENCODER_DECODER, GRID_VISION_LANGUAGE, Layout, layout_of
+from lcia.backbone.products import use_own_products
 from lcia.backbone.reader import ImageReader, Reader
 from lcia.backbone.vision_memo import VisionMemo
 from lcia.errors import UserError, did_you_mean
@@ -144,6 +145,7 @@ def load_backbone(name: str, dtype: str = "auto", attn_implementation: str = "au
     model.generation_config = _greedy(model, reader.tokenizer)
     model.requires_grad_(False)
     model.eval().to(device)
+    use_own_products(model)
     _remember_features(model)
     return Backbone(name, model, reader, weights_sha256(_content(model)))
 

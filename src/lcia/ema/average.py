@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lcia.ema import fisher
+from lcia.ema.compiled import passes_for
 from lcia.ema.followed import Followed
-from lcia.ema.layout import Block, Layout, Scratch, wide_dtype
+from lcia.ema.layout import Layout, wide_dtype
 from lcia.ema.parameters import Parameters
-from lcia.ema.rules import READS, Moment, constant_retaining, find_rule
+from lcia.ema.passes import Buffers, Seen, Shown
+from lcia.ema.rules import READS, constant_retaining, find_rule
 from lcia.ema.sharding import forget_gathered
 from lcia.errors import did_you_mean
 
@@ -28,18 +29,6 @@ _PER = ("element", "tensor", "layer")  # fine to coarse
 _GRADIENT_NORMS = {"gradient", "gradient_plus_one"}
 _GRADIENT = {*_GRADIENT_NORMS, "gradient_change"}
 _HISTORY = {"gradient_change", "step", "previous_offset"}  # what the first step does not have
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What one step is given: lists of n tensors, this process's parts."""
-
-    weights: list[Tensor]  # θ_t
-    gradients: list[Tensor]  # g_t
-    present: Tensor  # (n,) 1 where there is a gradient, 0 where it is missing
-    moves: Tensor  # (n,) 1 where θ* moves: nowhere while it rests, else where there is a gradient
-    squares: list[Tensor]  # the optimizer's running means of g²; empty where they are not read
-    correction: Tensor | None  # (R, 1) what makes F_new / λ of a running mean of g²
 
 
 class DynamicEMA:
@@ -133,19 +122,18 @@ class DynamicEMA:
         self._layers = self._parameters.layers().to(zeros.device)  # (n,)
         self._elements = self._sum(self._vector(self._layout.sizes)[None])[0]  # (n,) on all processes
 
-        self._average = self._layout.of(weights)
-        self._previous_weights = self._average.clone() if "step" in reads else None
-        self._previous_gradient = None
+        buffers = Buffers(self._layout.of(weights))
+        if "step" in reads:
+            buffers.previous_weights = buffers.average.clone()
         if "gradient_change" in reads:
-            self._previous_gradient = self._layout.new(grad_dtype or torch.float32)
-        self._importance = None
+            buffers.previous_gradient = self._layout.new(grad_dtype or torch.float32)
         if "importance" in reads and importance is not None:
-            self._importance = self._layout.of(self._checked_importance(importance))
-        self._squares = None
+            buffers.importance = self._layout.of(self._checked_importance(importance))
         if "curvature" in reads and fisher_source != "adamw":
-            self._squares = self._layout.new()
+            buffers.squares = self._layout.new()
+        self._buffers = buffers
         self._examples: list[Tensor] = []
-        if self._squares is not None and fisher_source == "per_example":
+        if buffers.squares is not None and fisher_source == "per_example":
             if self._parameters.reduction.processes > 1:
                 raise ValueError(
                     "fisher_source='per_example' sees the gradients of its own process only, and there are "
@@ -155,10 +143,10 @@ class DynamicEMA:
             # the hooks must not outlive this object: the next task's has its own
             self._unwatch = weakref.finalize(self, fisher.remove_hooks, hooks)
 
-        self._weights_scratch = Scratch(self._layout)
-        self._gradient_scratch = Scratch(self._layout)
-        self._squares_scratch = Scratch(self._layout) if "curvature" in reads and self._squares is None else None
-        self._work = torch.empty_like(self._weights_scratch.buffer)
+        self._followed = None
+        if self.per == "element":
+            self._followed = Followed(self._layout, *self._parameters.sizes_and_positions())
+        self._passes = passes_for(self._layout, self._rule, buffers, self._followed, weights)
         self._memory = {  # all (n,)
             "seen": zeros.clone(),  # 1 where there is a g_{t−1}
             "offset": zeros.clone(),  # ‖θ_t − θ*_t‖ after the last step
@@ -169,11 +157,8 @@ class DynamicEMA:
             "fell_back": zeros.clone(),  # of these, with the fallback: a fraction where β is per element
             "missing": zeros.clone(),  # steps without a gradient
         }
-        self._followed = None
-        if self.per == "element":
-            self._followed = Followed(self._layout, *self._parameters.sizes_and_positions())
         self.steps = self.skipped_steps = 0
-        self._observed_sums: Tensor | None = None  # (n,) Σ g² of the step that observe() has seen
+        self._observed_sums: Tensor | None = None  # (n,) of the gradients that observe() has seen in this step
         self._warned = False
 
     # ------------------------------------------------------------------------------------------ one step
@@ -186,33 +171,23 @@ class DynamicEMA:
         is known, calling it after clipping with scale=1/c does the same. Without a call, `step` reads the
         gradients it finds. Gradients of which one is not finite are not counted in F_new.
         """
-        if self._squares is None:
+        if self._buffers.squares is None:
             return
         gradients, present = self._gradients()
-        sums = self._layout.row_sums(1)  # (1, R)
-        for block in self._layout.blocks:
-            torch.sum(self._gradient_scratch.fill(block, self._examples or gradients), 1, out=sums[0, block.rows])
-        observed_sums = self._sum(self._layout.sum_rows(sums))[0]
-        # All or nothing: where one number is not finite, a gradient scaler will skip the step, and a bad number must
-        # not stay in the mean for the rest of the task.
-        finite = observed_sums.isfinite().all()
-        present = present * finite
-        weight = self._layout.spread((1 - self.fisher_decay) * present.float())  # (R, 1)
-        on_cpu = finite.device.type == "cpu"  # a GPU would have to be waited for, to know whether
-        for block in self._layout.blocks if not on_cpu or finite else ():
-            squared = self._gradient_scratch.fill(block, self._examples or gradients)
-            if not self._examples:
-                if not isinstance(scale, float) or scale != 1:
-                    squared.mul_(scale)
-                squared.square_()
-            if on_cpu:
-                squared.clamp_(max=torch.finfo(squared.dtype).max)  # of a gradient of 10²⁰
-            else:
-                squared.nan_to_num_(nan=0, posinf=torch.finfo(squared.dtype).max)
-            self._squares[block.rows].lerp_(squared, weight[block.rows])
-        self._forget_gradients()
-        self._memory["observed"] += present
-        self._observed_sums = observed_sums
+        tensors = self._examples or gradients
+        sums = self._sums(Shown((), gradients), [], {"gradients": tensors})
+        self._observed_sums = sums["gradients"]
+        self._passes.observe(self._seen(tensors, present, self._observed_sums, scale))
+
+    def _seen(self, tensors: Sequence[Tensor], present: Tensor, sums: Tensor, scale: float | Tensor = 1.0) -> Seen:
+        """What the running mean of squares sees of these gradients, which count as observed from here on.
+
+        All or nothing: where one number is not finite, a gradient scaler will skip the step, and a bad number must not
+        stay in the mean for the rest of the task.
+        """
+        counted = present * sums.isfinite().all()
+        self._memory["observed"] += counted
+        return Seen(tensors, (1 - self.fisher_decay) * counted, scale, squared=bool(self._examples))
 
     @property
     def observed(self) -> bool:
@@ -244,20 +219,22 @@ class DynamicEMA:
         """
         weights = self._parameters.weights()
         gradients, present = self._gradients()
-        if self._observed_sums is None:
-            self.observe()
-        squares, correction = self._squared_gradients()
-        if correction is not None:
-            correction = correction / self.strength
-        resting = self.steps + self.skipped_steps < self.rest_steps
-        moves = torch.zeros_like(present) if resting else present
-        now = _Step(weights, gradients, present, moves, squares, correction)
-        norms = self._norms(now)
+        if self._followed is None and not self.observed:
+            self.observe()  # the norm of F_new is wanted before anything moves
+        unseen = self._examples or gradients if self._buffers.squares is not None and not self.observed else None
+        moment = self._second_moment()
+        shown = Shown(weights, gradients, moment[0])
+        norms = self._norms(shown, present, unseen, self._weighted(self._correction(moment)))
         bad_gradient = self._refuse_nonfinite(norms)
+        seen = None if unseen is None else self._seen(unseen, present, norms["gradients"])
+        resting = self.steps + self.skipped_steps < self.rest_steps
+        moves = torch.zeros_like(present) if resting else present  # (n,) 1 where θ* moves
         if self._followed is None:
-            beta, fell_back, retained = self._move_tensors(now, norms)
+            beta, fell_back, retained = self._move_tensors(shown, present, moves, norms)
         else:
-            beta, fell_back, retained = self._move_elements(now, self._followed)
+            beta, fell_back, retained = self._move_elements(
+                shown, seen, moves, self._weighted(self._correction(moment)), self._followed
+            )
 
         memory = self._memory
         memory["beta"] = beta
@@ -271,113 +248,70 @@ class DynamicEMA:
         self._forget_gradients()
         self.steps += 1
 
-    def _moment(self, block: Block, now: _Step) -> Moment:
-        """What the rule may read in one block. Only what it reads is copied there."""
-        rows = block.rows
-        gradient = squares = correction = None
-        if _GRADIENT & set(self._rule.reads):
-            gradient = self._gradient_scratch.fill(block, now.gradients)
-        if self._squares_scratch is not None:
-            squares = self._squares_scratch.fill(block, now.squares)
-        elif self._squares is not None:
-            squares = self._squares[rows]
-        if now.correction is not None:
-            correction = now.correction[rows]
-        return Moment(
-            weights=self._weights_scratch.fill(block, now.weights),
-            average=self._average[rows],
-            gradient=gradient,
-            previous_gradient=None if self._previous_gradient is None else self._previous_gradient[rows],
-            previous_weights=None if self._previous_weights is None else self._previous_weights[rows],
-            importance=None if self._importance is None else self._importance[rows],
-            squares=squares,
-            correction=correction,
-        )
-
-    def _norms(self, now: _Step) -> dict[str, Tensor]:  # {read: (n,)}
+    def _norms(
+        self, shown: Shown, present: Tensor, unseen: Sequence[Tensor] | None, correction: Tensor | None
+    ) -> dict[str, Tensor]:  # {read: (n,)}
         """All that is added up over whole tensors: one pass over the elements, one message of processes.
 
         Beside the norms that the rule reads these are "weights" and "gradients": finite where all terms are.
         """
         names = [name for name in self._rule.reads if name in READS] if self._followed is None else []
-        checks = [] if "offset" in names else ["weights"]  # the offset's norm is a check already
-        if _GRADIENT & set(self._rule.reads) and not _GRADIENT_NORMS & set(names):
-            checks.append("gradients")
-        sums = self._layout.row_sums(len(names) + len(checks))  # (k, R)
-        for block in self._layout.blocks:
-            moment = self._moment(block, now)
-            work = self._work[: block.last - block.first]
-            for i, name in enumerate(names):
-                absolute = torch.abs(READS[name](moment, work), out=work)
-                torch.sum(block.clear_padding(absolute), 1, out=sums[i, block.rows])
-            for i, name in enumerate(checks, start=len(names)):
-                checked = moment.weights if name == "weights" else READS["gradient"](moment, None)
-                torch.sum(checked, 1, out=sums[i, block.rows])
-            if self._followed is None and moment.previous_gradient is not None and moment.gradient is not None:
-                moment.previous_gradient.copy_(moment.gradient)  # read for the last time, and still in the cache
-        norms = dict(zip([*names, *checks], self._sum(self._layout.sum_rows(sums)), strict=True))
-        norms.setdefault("weights", norms.get("offset", now.present))
+        checks = {} if "offset" in names else {"weights": shown.weights}  # the offset's norm is a check already
+        if unseen is not None:
+            checks["gradients"] = unseen
+        elif _GRADIENT & set(self._rule.reads) and not _GRADIENT_NORMS & set(names):
+            checks["gradients"] = shown.gradients
+        norms = self._sums(shown, names, checks, correction)
+        norms.setdefault("weights", norms.get("offset", present))
         for name in _GRADIENT_NORMS & set(names):
             norms["gradients"] = norms[name]
         if self._observed_sums is not None:
             norms["gradients"] = self._observed_sums
-        norms.setdefault("gradients", now.present)  # not read by the rule: nothing to refuse
+        norms.setdefault("gradients", present)  # not read by the rule: nothing to refuse
         return norms
 
-    def _move_tensors(self, now: _Step, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(
+        self,
+        shown: Shown,
+        norms: list[str],
+        checks: dict[str, Sequence[Tensor]],
+        correction: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`Passes.sums` over all processes."""
+        sums = self._passes.sums(shown, norms, checks, correction)
+        return dict(zip(sums, self._sum(torch.stack(list(sums.values()))), strict=True)) if sums else {}
+
+    def _move_tensors(
+        self, shown: Shown, present: Tensor, moves: Tensor, norms: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One β per tensor or layer. Returns β, whether it fell back, and Π β, each (n,)."""
-        reads = {name: self._over_layer(norms[name] * now.present) for name in norms if name in READS}
-        reads["previous_offset"] = self._over_layer(self._memory["offset"] * now.present)
-        move = self._rule.move(**self._arguments(reads)).to(now.present).expand_as(now.present)
-        fell_back = torch.zeros_like(now.present)
+        reads = {name: self._over_layer(norms[name] * present) for name in norms if name in READS}
+        reads["previous_offset"] = self._over_layer(self._memory["offset"] * present)
+        offered = {**reads, **self._numbers_read()}
+        move = self._rule.move(**{name: offered[name] for name in self._rule.reads}).to(present).expand_as(present)
+        fell_back = torch.zeros_like(present)
         if self._rule.falls_back:
             usable = (move > 0) & (move < 1)  # False where it is not a number
             if _HISTORY & set(self._rule.reads):
                 usable &= self._memory["seen"] > 0
             move = torch.where(usable, move, 1 - self.fallback)
             fell_back = (~usable).to(move)
-        move = move * now.moves
-        row_move = self._layout.spread(move.float())  # (R, 1)
-        for block in self._layout.blocks:
-            weights = self._weights_scratch.fill(block, now.weights)
-            self._average[block.rows].lerp_(weights, row_move[block.rows])
-            if self._previous_weights is not None:
-                self._previous_weights[block.rows].copy_(weights)
+        move = move * moves
+        self._passes.move_tensors(shown, move)
         return 1 - move, fell_back, self._memory["retained"] * (1 - move)
 
-    def _move_elements(self, now: _Step, followed: Followed) -> tuple[Tensor, Tensor, Tensor]:
+    def _move_elements(
+        self, shown: Shown, seen: Seen | None, moves: Tensor, correction: Tensor | None, followed: Followed
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One β per element. Returns the means of β, of whether it fell back, and of Π β, each (n,)."""
-        sums = self._layout.row_sums(2)  # (2, R)
-        moves = self._layout.spread(now.moves.float())  # (R, 1)
-        # nearly always; a GPU would have to be waited for, to know whether
-        all_move = now.moves.device.type == "cpu" and bool(now.moves.all())
-        seen = self._layout.spread(self._memory["seen"] > 0)  # (R, 1)
-        for block in self._layout.blocks:
-            moment = self._moment(block, now)
-            work, into = self._work[: block.last - block.first], self._rule.into
-            reads = {
-                name: READS[name](moment, work if name == into else None) for name in self._rule.reads if name in READS
-            }
-            move = self._rule.move(**self._arguments(reads), **({"out": work} if into else {}))
-            if self._rule.falls_back:
-                usable = (move > 0) & (move < 1) & seen[block.rows]
-                move = torch.where(usable, move, 1 - self.fallback)
-                torch.sum(block.clear_padding((~usable).float()), 1, out=sums[1, block.rows])
-            move = block.clear_padding(move if all_move else move.mul_(moves[block.rows]))
-            torch.sum(move, 1, out=sums[0, block.rows])
-            followed.multiply(block, move)
-            moment.average.lerp_(moment.weights, move)
-            if moment.previous_gradient is not None and moment.gradient is not None:
-                moment.previous_gradient.copy_(moment.gradient)
-            if moment.previous_weights is not None:
-                moment.previous_weights.copy_(moment.weights)
-        total = self._sum(torch.cat([self._layout.sum_rows(sums), followed.mean_parts()[None]]))
+        known = self._memory["seen"] > 0
+        sums = self._passes.move_elements(shown, seen, moves, known, correction, self._numbers_read())
+        total = self._sum(torch.stack([*sums, followed.mean_parts()]))
         return 1 - total[0] / self._elements, total[1] / self._elements, total[2]
 
-    def _arguments(self, reads: dict[str, Tensor]) -> dict[str, Any]:
-        """What the rule reads, of what there is, and the two numbers."""
-        offered = {**reads, "fallback": self.fallback, "exponent": 1 / self._moving_steps}
-        return {name: offered[name] for name in self._rule.reads}
+    def _numbers_read(self) -> dict[str, float]:
+        """What a rule may read that is one number."""
+        return {"fallback": self.fallback, "exponent": 1 / self._moving_steps}
 
     def _refuse_nonfinite(self, norms: dict[str, Tensor]) -> Tensor:  # (n,)
         """Raise for a weight that is not finite; warn, once, of such a gradient. Returns 1 where one is.
@@ -401,7 +335,7 @@ class DynamicEMA:
 
     def _gradients(self) -> tuple[list[Tensor], Tensor]:
         """g_t, and (n,) where it is present."""
-        flat = self._previous_gradient
+        flat = self._buffers.previous_gradient
         kept = None if flat is None or not self._parameters.optional else self._layout.views(flat)
         gradients, missing = self._parameters.gradients(kept)
         present = torch.ones_like(self._elements)
@@ -409,30 +343,36 @@ class DynamicEMA:
             present[missing] = 0
         return gradients, present
 
-    def _squared_gradients(self) -> tuple[list[Tensor], Tensor | None]:
-        """The optimizer's running means of g², where they are read; (R, 1) what makes an F_new of a mean."""
-        if "curvature" not in self._rule.reads:
+    def _second_moment(self) -> tuple[list[Tensor], Tensor | None]:
+        """Where the rule reads them: the optimizer's running means of g², and (n,) what makes them unbiased."""
+        if "curvature" not in self._rule.reads or self._buffers.squares is not None:
             return [], None
-        squares: list[Tensor] = []
-        if self._squares is None:
-            squares, correction = fisher.adamw_second_moment(
-                self._optimizer, self._parameters.by_name, self._parameters.optional
-            )
-        else:
+        return fisher.adamw_second_moment(self._optimizer, self._parameters.by_name, self._parameters.optional)
+
+    def _weighted(self, correction: Tensor | None) -> Tensor | None:
+        """What makes F_new / λ, of what makes F_new."""
+        return None if correction is None else correction / self.strength
+
+    def _correction(self, moment: tuple[list[Tensor], Tensor | None]) -> Tensor | None:
+        """(n,) what makes an F_new of a running mean of g², that of `_second_moment` or our own; None: none is read."""
+        if "curvature" not in self._rule.reads:
+            return None
+        correction = moment[1]
+        if correction is None:
             correction = fisher.bias_correction(self.fisher_decay, self._memory["observed"])
-        return squares, self._layout.spread((self.examples_per_gradient * correction).to(self._average))
+        return self.examples_per_gradient * correction
 
     # ------------------------------------------------------------------------------------------- reading
 
     @property
     def wants_unclipped(self) -> bool:
         """Whether `observe` must see the gradients before they are clipped: the rule squares them itself."""
-        return self._squares is not None and not self._examples
+        return self._buffers.squares is not None and not self._examples
 
     @property
     def averages(self) -> dict[str, Tensor]:
         """{name: θ*}, fp32; they share the memory of the averages."""
-        return self._parameters.named(self._layout.views(self._average))
+        return self._parameters.named(self._layout.views(self._buffers.average))
 
     @property
     def betas(self) -> dict[str, float]:
@@ -471,13 +411,14 @@ class DynamicEMA:
         Raises:
             ValueError: the rule does not estimate it.
         """
-        optimizer_squares, correction = self._squared_gradients()
+        moment, kept = self._second_moment(), self._buffers
+        correction = self._correction(moment)
         if correction is None:
             raise ValueError(f"rule {self.rule!r} estimates no importance, only 'fisher' does")
-        flat = self._layout.of(optimizer_squares) if self._squares is None else self._squares.clone()
-        flat *= correction
-        if self._importance is not None:
-            flat.add_(self._importance, alpha=self.forgetting)
+        flat = self._layout.of(moment[0]) if kept.squares is None else kept.squares.clone()
+        flat *= self._layout.spread(correction.to(flat))
+        if kept.importance is not None:
+            flat.add_(kept.importance, alpha=self.forgetting)
         # each with memory of its own: safetensors refuses views of one buffer
         return self._parameters.named([view.clone() for view in self._layout.views(flat)])
 
@@ -501,7 +442,7 @@ class DynamicEMA:
         Args:
             model: the whole model, where FSDP2 shards it: else it may go on with weights that it has gathered before.
         """
-        torch._foreach_copy_(self._parameters.weights(), self._layout.views(self._average))
+        torch._foreach_copy_(self._parameters.weights(), self._layout.views(self._buffers.average))
         forget_gathered(model)
 
     # --------------------------------------------------------------------------------------------- state
@@ -514,7 +455,7 @@ class DynamicEMA:
         """
         state: dict[str, Any] = {"rule": self.rule, "per": self.per, **self._settings()}
         state |= {"steps": self.steps, "skipped_steps": self.skipped_steps}
-        for kind, flat in self._buffers().items():
+        for kind, flat in self._buffers.kept().items():
             for name, value in self._parameters.named_whole(self._layout.views(flat)).items():
                 state[f"{kind}/{name}"] = value.clone()
         order = self._parameters.alphabetical()
@@ -537,20 +478,20 @@ class DynamicEMA:
             if state.get(key, mine) != mine:
                 advice = ": batch × accumulation × processes" if key == "examples_per_gradient" else ""
                 raise ValueError(f"the state has {key} {state[key]!r}, this DynamicEMA has {mine!r}{advice}")
-        if self._importance is None and any(key.startswith("importance/") for key in state):
-            self._importance = self._layout.new()
+        if self._buffers.importance is None and any(key.startswith("importance/") for key in state):
+            self._buffers.importance = self._layout.new()
         parts = {}
-        for kind in self._buffers():
+        for kind in self._buffers.kept():
             prefix = f"{kind}/"
             values = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
             parts[kind] = self._parameters.parts_of(kind, values)
-        for kind, flat in self._buffers().items():
+        for kind, flat in self._buffers.kept().items():
             torch._foreach_copy_(self._layout.views(flat), parts[kind])
         order = self._parameters.alphabetical()
         for kind, vector in self._memory.items():
             vector[order] = state[f"memory/{kind}"].to(vector)
         if self._followed is not None:
-            known = state["memory/followed"].to(self._average)  # (F, n)
+            known = state["memory/followed"].to(self._buffers.average)  # (F, n)
             followed = torch.empty_like(known)
             followed[:, order] = known
             self._followed.restore(followed)
@@ -582,23 +523,12 @@ class DynamicEMA:
     def _settings(self) -> dict[str, Any]:
         """What makes this rule another one in the middle of a task."""
         settings: dict[str, Any] = {"fallback": self.fallback, "rest_steps": self.rest_steps}
-        if self._previous_gradient is not None:
-            settings["grad_dtype"] = str(self._previous_gradient.dtype)
+        if self._buffers.previous_gradient is not None:
+            settings["grad_dtype"] = str(self._buffers.previous_gradient.dtype)
         if "curvature" in self._rule.reads:
             names = ("total_steps", "strength", "forgetting", "fisher_source", "fisher_decay", "examples_per_gradient")
             settings |= {name: getattr(self, name) for name in names}
         return settings
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """The flat buffers that this rule keeps."""
-        buffers = {
-            "average": self._average,
-            "previous_gradient": self._previous_gradient,
-            "previous_weights": self._previous_weights,
-            "importance": self._importance,
-            "squares": self._squares,
-        }
-        return {kind: flat for kind, flat in buffers.items() if flat is not None}
 
     # ------------------------------------------------------------------------------------------- helpers
 

@@ -45,14 +45,14 @@ class Followed:
         self._count = torch.tensor([min(size, FOLLOWED) for size in sizes], device=device)  # (n,)
         self._held = torch.tensor([len(mine) for mine in slots], device=device)  # (n,) of these, by this process
         self._slot = torch.cat(slots).to(device)  # (K,) where in (F, n)
-        index = torch.cat(flat)  # (K,) positions in the flat buffer, ascending
-        self._product = torch.ones(len(index), device=device)  # (K,) Π β, in this order: a block's are neighbours
+        self.index = index = torch.cat(flat)  # (K,) positions in the flat buffer, ascending
+        self.left = torch.ones(len(index), device=device)  # (K,) Π β, in this order: a block's are neighbours
         self._of_block = {}
         for block in layout.blocks:
             bounds = torch.tensor([block.first * WIDTH, block.last * WIDTH])
             first, last = torch.searchsorted(index, bounds).tolist()
             inside = (index[first:last] - block.first * WIDTH).to(device)
-            self._of_block[block.first] = (inside, self._product[first:last])
+            self._of_block[block.first] = (inside, self.left[first:last])
 
     def multiply(self, block: Block, move: Tensor) -> None:  # (rows of the block, W)
         """Multiply by β = 1 − move in this block."""
@@ -61,15 +61,15 @@ class Followed:
 
     def mean_parts(self) -> Tensor:  # (n,)
         """What this process adds to the mean of Π β over the followed elements of each tensor."""
-        wide = self._product.to(wide_dtype(self._product.device))
+        wide = self.left.to(wide_dtype(self.left.device))
         return torch.segment_reduce(wide, "sum", lengths=self._held, unsafe=True) / self._count
 
     def product(self) -> Tensor:  # (F, n)
         """Π β, 0 where another process holds the element."""
-        found = self._product.new_zeros(self._shape)
-        found.view(-1)[self._slot] = self._product
+        found = self.left.new_zeros(self._shape)
+        found.view(-1)[self._slot] = self.left
         return found
 
     def restore(self, product: Tensor) -> None:  # (F, n)
         """Continue from the product of all processes."""
-        self._product.copy_(product.to(self._product).view(-1)[self._slot])
+        self.left.copy_(product.to(self.left).view(-1)[self._slot])

@@ -1,0 +1,79 @@
+"""float32 products of matrices on an x86 processor, by oneDNN.
+
+torch has oneDNN multiply half precision, and MKL float32. On AMD's processors MKL takes instructions of half the width:
+100 GFLOP/s a core, where oneDNN has 220. Both round to float32, and add up in another order.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+def available() -> bool:
+    """Whether this machine is an x86 processor and torch was built with oneDNN."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+_AVAILABLE = available()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b as of torch.nn.functional.linear: (..., in), (out, in), (out,) to (..., out)."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    ours = _AVAILABLE and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    if not ours or not x.numel() or torch.is_autocast_enabled("cpu"):
+        return linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        found: Tensor = _Product.apply(x.flatten(0, -2) if x.dim() > 1 else x[None], weight, bias)
+        return found.view(*x.shape[:-1], len(weight))
+    return _multiply(x, weight, bias)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # no activation behind it
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """The same of (rows, in), with its gradients, which are products too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight if x.requires_grad else None)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        if weight is not None:
+            of_x = _multiply(gradient, weight.T)
+        if x is not None:
+            wide = x.shape[1] > gradient.shape[1]  # many columns are faster than many rows
+            of_weight = _multiply(gradient.T, x.T) if wide else _multiply(x.T, gradient.T).T  # (out, in)
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(0)
+        return of_x, of_weight, of_bias
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, by `product`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return product(input, self.weight, self.bias)
+
+
+def use_own_products(model: nn.Module) -> None:
+    """torch's plain linear layers in `model` get the forward above."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
