@@ -40,6 +40,7 @@ ANSWERING = {
     "lora": "LoRA in the base model's dtype, added in the output's memory (lcia.adapters.lora)",
     "sorting": "batches of like length",
 }
+ANSWERING_FLOAT32 = {"products": "float32 products by oneDNN instead of MKL (backbone/products.py)"}
 PROMPTS = 60  # a task: a batch and a half
 NEW_TOKENS = 12
 CLOSE = 0.02  # Σ|difference| / Σ loss of all steps, up to which it is bfloat16's: single losses differ by up to 6 %
@@ -110,7 +111,8 @@ def train(off: set[str], steps: int, model: str) -> dict[str, Any]:
     return {"seconds": found["seconds"] / len(found["losses"]), "losses": found["losses"]}
 
 
-def answer(off: set[str], model: str) -> dict[str, Any]:
+def answer(off: set[str], model: str, dtype: str) -> dict[str, Any]:
+    from torch.nn.functional import linear
     from transformers.generation.utils import GenerationMixin
 
     from lcia.adapters import AdapterPool
@@ -122,7 +124,7 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
     from lcia.stream import load_stream
 
     limit_kept_kernels()
-    backbone = load_backbone(model, "bfloat16")
+    backbone = load_backbone(model, dtype)
     reader = backbone.reader
     lists = [[reader.encode_prompt(row) for row in task.test[:PROMPTS]] for task in load_stream("assistant")]
     decoding = Decoding(NEW_TOKENS, RunConfig.model_fields["per_device_eval_batch_size"].default, 1024)
@@ -141,6 +143,8 @@ def answer(off: set[str], model: str) -> dict[str, Any]:
             changed.enter_context(without("transformers.generation.utils.GenerationMixin.generate", sliced))
         elif "logits" in off:
             changed.enter_context(without("lcia.backbone.layout.greedy", of_all))
+        if "products" in off:
+            changed.enter_context(without("lcia.backbone.products._multiply", linear))
         if "sorting" in off:
             changed.enter_context(without("lcia.evaluation.sorted", lambda part, key=None: list(part)))
         if "lora" in off:
@@ -204,9 +208,10 @@ def measure_training(steps: int, rounds: int, model: str) -> dict[str, Any]:
     return found
 
 
-def measure_answering(rounds: int, model: str) -> dict[str, Any]:
+def measure_answering(rounds: int, model: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """`compare`, and how many answers differ in `differing`."""
-    found = compare(ANSWERING, apart("--answer", "--model", model), rounds)
+    ways = ANSWERING if dtype == "bfloat16" else ANSWERING_FLOAT32
+    found = compare(ways, apart("--answer", "--model", model, "--dtype", dtype), rounds)
     answers = {off: values["answers"] for off, values in found.pop("gave").items()}
     expected = answers[""]
     found["differing"] = {
@@ -225,7 +230,7 @@ def _table(found: Mapping[str, Any], ways: Mapping[str, str], unit: str) -> list
     return lines
 
 
-def table(training: Mapping[str, Any], answering: Mapping[str, Any]) -> str:
+def table(training: Mapping[str, Any], answering: Mapping[str, Any], answering_float32: Mapping[str, Any]) -> str:
     asked = f"{answering['answers']} answers"
     most = max(answering["differing"].values())
     return "\n".join(
@@ -236,6 +241,10 @@ def table(training: Mapping[str, Any], answering: Mapping[str, Any]) -> str:
             "",
             f"At most {most} of {asked} differ between two variants, and the losses by at most "
             f"{max(training['differing'].values()):.1%} of their sum: bfloat16 rounds sums in another order otherwise.",
+            "",
+            *_table(answering_float32, ANSWERING_FLOAT32, f"{answering_float32['answers']} answers in float32"),
+            "",
+            f"{max(answering_float32['differing'].values())} of them differ.",
         ]
     )
 
@@ -249,6 +258,7 @@ if __name__ == "__main__":
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--answer", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--off", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.train or chosen.answer:
         start_again_without_small_caches()  # as the command does
@@ -257,11 +267,12 @@ if __name__ == "__main__":
         print(json.dumps(train(off_ways, chosen.steps, chosen.model)))
         sys.exit()
     if chosen.answer:
-        print(json.dumps(answer(off_ways, chosen.model)))
+        print(json.dumps(answer(off_ways, chosen.model, chosen.dtype)))
         sys.exit()
     measured = {
         "training": measure_training(chosen.steps, chosen.rounds, chosen.model),
         "answering": measure_answering(chosen.rounds, chosen.model),
+        "answering_float32": measure_answering(chosen.rounds, chosen.model, "float32"),
     }
     print(table(**measured))
     if chosen.json:

@@ -159,7 +159,9 @@ def page(found: dict[str, Any]) -> str:
             "",
             "What each way of being fast adds: alone, and to all the others.",
             "",
-            ablation.table(found["ablation_training"], found["ablation_answering"]),
+            ablation.table(
+                found["ablation_training"], found["ablation_answering"], found["ablation_answering_float32"]
+            ),
             "",
             "## The accuracy matrix",
             "",
@@ -221,7 +223,8 @@ def code() -> str:
     """A hash of the package's source and of these scripts."""
     import lcia
 
-    files = sorted(Path(str(lcia.__file__)).parent.rglob("*.py")) + sorted(HERE.glob("*.py"))
+    package = Path(str(lcia.__file__)).parent
+    files = [*sorted(package.rglob("*.py")), *sorted(package.rglob("*.c")), *sorted(HERE.glob("*.py"))]
     return hashlib.sha256(b"".join(f"{file.name}\n".encode() + file.read_bytes() for file in files)).hexdigest()
 
 
@@ -276,6 +279,7 @@ def measure(place: Path, out: Path, model: str, little: bool) -> dict[str, Any]:
     keep("growth", growth.measure)
     keep("ablation_training", lambda: ablation.measure_training(1 if little else 2, rounds, model))
     keep("ablation_answering", lambda: ablation.measure_answering(rounds, model))
+    keep("ablation_answering_float32", lambda: ablation.measure_answering(rounds, model, "float32"))
     less = ["--ranks", "16", "--rounds", "1"] if little else []
     keep("averaging", lambda: output_of("ema.py", "--device", device(), *less))
     cores = os.cpu_count() or 1

@@ -23,7 +23,7 @@ def found() -> dict[str, Any]:
     return dict(json.loads((ROOT / "results" / "bench.json").read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("part", ["ablation_training", "ablation_answering"])
+@pytest.mark.parametrize("part", ["ablation_training", "ablation_answering", "ablation_answering_float32"])
 def test_every_kept_optimisation_has_a_line_with_its_ratios(part: str, text: str, found: dict[str, Any]) -> None:
     for way, alone in found[part]["alone"].items():
         ratios = re.escape(f"| {alone:.2f}x | {found[part]['together'][way]:.2f}x |")

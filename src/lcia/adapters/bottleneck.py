@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from lcia.backbone.products import Linear
-
 
 class Bottleneck(torch.nn.Module):
     """h + U ReLU(D LayerNorm(h) + b) + c (Houlsby et al., arXiv 1902.00751; with LayerNorm as in arXiv 2012.15504).
@@ -21,8 +19,8 @@ class Bottleneck(torch.nn.Module):
     def __init__(self, width: int, bottleneck: int) -> None:
         super().__init__()
         self.norm = torch.nn.LayerNorm(width)
-        self.down = Linear(width, bottleneck)
-        self.up = Linear(bottleneck, width)
+        self.down = torch.nn.Linear(width, bottleneck)
+        self.up = torch.nn.Linear(bottleneck, width)
         torch.nn.init.zeros_(self.up.weight)
         torch.nn.init.zeros_(self.up.bias)
 

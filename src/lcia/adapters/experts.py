@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import softmax
-
-from lcia.backbone.products import product
+from torch.nn.functional import linear, softmax
 
 
 class LoraExperts(torch.nn.Module):
@@ -38,7 +36,7 @@ class LoraExperts(torch.nn.Module):
     def forward(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`output` = W₀x, (..., out), and `x`, (..., in), of the base's dtype; the sum is in that dtype again."""
         x = x.to(self.A.dtype)
-        share = softmax(product(x, self.router), dim=-1)  # (..., E)
-        inner = product(self.dropout(x), self.A)  # (..., E r)
+        share = softmax(linear(x, self.router), dim=-1)  # (..., E)
+        inner = linear(self.dropout(x), self.A)  # (..., E r)
         inner = inner * share.repeat_interleave(self.rank, dim=-1)
-        return (output + self.scale * product(inner, self.B)).to(output.dtype)
+        return (output + self.scale * linear(inner, self.B)).to(output.dtype)

@@ -20,14 +20,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import linear, normalize, pad
 
 from lcia.adapters.modules import ModulePool, small_module
 from lcia.adapters.pool import stack_members
 from lcia.adapters.targets import attention_outputs, features
 from lcia.backbone import Backbone, RowWise
 from lcia.backbone.loading import weights_sha256
-from lcia.backbone.products import product
 from lcia.errors import UserError
 
 
@@ -86,8 +85,8 @@ class Slots(torch.nn.Module):
         fixed: no gradient for A and B.
         """
         A, B = (self.A.detach(), self.B.detach()) if fixed else (self.A, self.B)
-        inner = product(x.to(A.dtype), A)  # (B, L, S R)
-        return product(inner * share.repeat_interleave(self.rank, dim=1)[:, None], B)
+        inner = linear(x.to(A.dtype), A)  # (B, L, S R)
+        return linear(inner * share.repeat_interleave(self.rank, dim=1)[:, None], B)
 
 
 class Choice(RowWise):

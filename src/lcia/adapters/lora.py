@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
-
-from lcia.backbone.products import product, use_own_products
+from torch.nn.functional import linear
 
 _answering: ContextVar[bool] = ContextVar("_answering", default=False)
 
@@ -60,7 +59,7 @@ class LoraLinear(Linear):
         """`result`, to which s B A x is added."""
         down, up, scale = self.lora_A[name], self.lora_B[name], self.scaling[name]
         if _answering.get():
-            inner = product(x.to(result.dtype), down.weight.to(result.dtype)).flatten(0, -2)
+            inner = linear(x.to(result.dtype), down.weight.to(result.dtype)).flatten(0, -2)
             result.view(-1, result.shape[-1]).addmm_(inner, up.weight.to(result.dtype).T, alpha=scale)
             return result
         inner = down(self.lora_dropout[name](x.to(down.weight.dtype)))
@@ -68,8 +67,7 @@ class LoraLinear(Linear):
 
 
 def use_own_forward(model: torch.nn.Module) -> None:
-    """PEFT's plain LoRA layers in `model` get the forward above, and their two factors our products."""
+    """PEFT's plain LoRA layers in `model` get the forward above."""
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = LoraLinear
-    use_own_products(model)

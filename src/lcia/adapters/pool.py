@@ -91,9 +91,9 @@ class AdapterPool(Pool):
             torch.manual_seed(stable_seed(self._seed, name))
             if self._peft is None:
                 self._peft = get_peft_model(self._base, config, adapter_name=PREFIX + name)
+                use_own_forward(self._peft)
             else:
                 self._peft.add_adapter(PREFIX + name, config)
-            use_own_forward(self._peft)
         if self._projectors is not None:
             self._projectors.add(name)
         if start is not None:

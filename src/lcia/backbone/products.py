@@ -1,7 +1,8 @@
 """float32 products of matrices on an x86 processor, by oneDNN.
 
 torch has oneDNN multiply half precision, and MKL float32. On AMD's processors MKL takes instructions of half the width:
-100 GFLOP/s a core, where oneDNN has 220. Both round to float32, and add up in another order.
+100 GFLOP/s a core, where oneDNN has 220. Both round to float32, and add up in another order. Products with narrow
+matrices, as LoRA's, gain nothing, and stay torch's.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ def available() -> bool:
 
 
 _AVAILABLE = available()
+_LEAST = 1 << 16  # elements of a matrix: what a product gains is lost in the calls where there are fewer
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b as of torch.nn.functional.linear: (..., in), (out, in), (out,) to (..., out)."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     ours = _AVAILABLE and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    if not ours or not x.numel() or torch.is_autocast_enabled("cpu"):
+    if not ours or weight.numel() < _LEAST or not x.numel() or torch.is_autocast_enabled("cpu"):
         return linear(x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         found: Tensor = _Product.apply(x.flatten(0, -2) if x.dim() > 1 else x[None], weight, bias)
