@@ -20,6 +20,8 @@ enum { LONGEST = 16384, BLOCK = 4096, LANES = 64 }; /* LONGEST: of a piece, PIEC
 
 typedef int64_t count;
 
+count longest_piece(void) { return LONGEST; }
+
 /* Sum of |a - b + c|, `b` NULL for 0. A lane adds at most BLOCK / LANES numbers before its sum goes into a double. */
 FOR_EACH_PROCESSOR
 static double absolute_sum(const float *restrict a, const float *restrict b, float c, count n) {

@@ -43,9 +43,18 @@ Pointers = NDArray[np.int64]  # (P,) addresses
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where lcia was installed without a C compiler."""
+    """The compiled functions; None where lcia was installed without a C compiler.
+
+    Raises:
+        ImportError: they are of another version of this file.
+    """
     found = find_spec("lcia.ema._compiled")
-    return None if found is None or found.origin is None else ctypes.CDLL(found.origin)
+    if found is None or found.origin is None:
+        return None
+    functions = ctypes.CDLL(found.origin)
+    if functions.longest_piece() != PIECE:
+        raise ImportError(f"{found.origin} is not of this version of lcia: install lcia again")
+    return functions
 
 
 def passes_for(
