@@ -1,4 +1,4 @@
-# Every target makes .venv itself when it is missing or pyproject.toml / constraints.txt changed.
+# Every target makes .venv itself when it is missing, or what it was made of has changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,4 +57,4 @@ $(STAMP): pyproject.toml constraints.txt setup.py src/lcia/ema/compiled.c
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build src/lcia/ema/_compiled*

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -157,6 +158,48 @@ def test_fishers_move_is_that_of_float64(exponent: float) -> None:
     right = -np.expm1(-np.float64(np.float32(exponent)) * np.log1p(ratios.astype(np.float64)))
     np.testing.assert_allclose(moves, right, rtol=4e-7, atol=1e-44)
     assert sums[0] == pytest.approx(moves.astype(np.float64).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"rule": "fixed", "fallback": 0}, {"rule": "fisher", "total_steps": 3}])
+def test_where_nothing_is_kept_it_is_the_weights_exactly(options: dict[str, Any]) -> None:
+    """Also far from them, where θ* + (θ − θ*) would not be."""
+    weight = nn.Parameter(torch.ones(300))
+    if options["rule"] == "fisher":
+        options = options | {"importance": {"w": torch.zeros(300)}}
+    ema = DynamicEMA({"w": weight}, **options)
+    with torch.no_grad():
+        weight.copy_(torch.rand(300) * 1e-9)
+    weight.grad = torch.ones(300)
+    ema.step()
+    assert torch.equal(ema.averages["w"], weight)
+
+
+def test_what_undoing_a_clip_by_zero_gives_is_not_counted() -> None:
+    """0 · ∞: where a norm overflowed, and all gradients were scaled to 0."""
+    ours, torchs = both({"w": nn.Parameter(torch.ones(3))}, rule="fisher", total_steps=3)
+    for ema in (ours, torchs):
+        ema._parameters.by_name["w"].grad = torch.zeros(3)
+        ema.observe(scale=math.inf)
+        assert torch.equal(ema._buffers.squares, torch.zeros_like(ema._buffers.squares))
+
+
+def test_a_library_of_another_source_is_not_used(tmp_path: Path) -> None:
+    """Its functions may take other arguments."""
+    library, source = Path(compiled.library()._name), Path(compiled.__file__).with_name("compiled.c")
+
+    def found(name: str, of_library: bytes, more: str) -> tuple[object, str | None]:
+        folder = tmp_path / name  # one each: what is loaded from a path stays loaded
+        folder.mkdir()
+        (folder / library.name).write_bytes(of_library)
+        (folder / "compiled.c").write_text(source.read_text() + more)
+        with patch.object(compiled, "__file__", str(folder / "compiled.py")):
+            return compiled._found.__wrapped__()
+
+    assert found("same", library.read_bytes(), "")[1] is None
+    assert "another compiled.c" in found("other", library.read_bytes(), "/* more */")[1]
+    assert "cannot be loaded" in found("broken", b"no library", "")[1]
+    with patch.object(compiled, "__file__", str(tmp_path / "compiled.py")):
+        assert compiled._found.__wrapped__() == (None, "lcia was installed without gcc")
 
 
 def test_it_is_for_float32_on_a_processor_and_rules_it_knows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from lcia.backbone import load_backbone, products
 from lcia.backbone.products import Linear, product, use_own_products
 
-ours = pytest.mark.skipif(not products.available(), reason="torch without oneDNN, or no x86 processor")
+ours = pytest.mark.skipif(not products.available(), reason="torch without oneDNN, or no processor of AMD's")
 
 
 @given(
@@ -50,6 +51,35 @@ def test_product_and_gradients_are_those_of_float64(
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
+def test_a_sums_gradient_is_one_number_seen_everywhere() -> None:
+    x, weight = torch.randn(7, 40), torch.randn(3, 40, requires_grad=True)
+    with patch.object(products, "_LEAST", 0):
+        product(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 40))
+
+
+def test_gradients_have_gradients() -> None:
+    x, weight = torch.randn(7, 40, requires_grad=True), torch.randn(3, 40, requires_grad=True)
+    found = []
+    for least in (0, 1000):
+        with patch.object(products, "_LEAST", least):
+            first = torch.autograd.grad(product(x, weight).square().sum(), [x, weight], create_graph=True)
+            found.append(torch.autograd.grad(sum(one.square().sum() for one in first), [x, weight]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_what_it_gives_may_be_added_to_in_its_place() -> None:
+    """As a layer of LoRA does, with and without gradients."""
+    x, weight = torch.randn(2, 7, 40, requires_grad=True), torch.randn(3, 40)
+    with patch.object(products, "_LEAST", 0):
+        product(x, weight).add_(x[..., :3]).sum().backward()
+        with torch.no_grad():
+            product(x, weight).add_(1)
+    expected = weight.sum(0).expand(2, 7, 40) + torch.tensor([1.0] * 3 + [0.0] * 37)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_no_tokens() -> None:
     assert product(torch.empty(0, 3), torch.randn(2, 3)).shape == (0, 2)
 
@@ -75,6 +105,10 @@ def test_float32_is_multiplied_by_onednn_and_nothing_else(monkeypatch: pytest.Mo
     half(x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert wide(x).dtype == torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of a switch for GPUs that it sets, too
+        with torch.backends.mkldnn.flags(enabled=False):
+            wide(x)
     assert multiplied == [torch.float32]
 
 

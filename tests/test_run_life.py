@@ -341,8 +341,14 @@ def test_another_number_of_processes_does_not_go_on_inside_a_task(tiny_config, d
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "processes": 8}))
     with pytest.raises(UserError, match="written by 8 processes, and here are 1"):
         go_on(folder)
+    shutil.copytree(folder / "state" / "checkpoint-2", folder.parent / "kept")
     shutil.rmtree(folder / "state")
     assert go_on(folder)["tasks"] == ["colours"]
+    # killed between the end of a task and its tidying up: nothing goes on behind that checkpoint
+    shutil.copytree(folder.parent / "kept", folder / "state" / "checkpoint-2")
+    (folder / "results.json").unlink()
+    assert go_on(folder)["tasks"] == ["colours"]
+    assert not list(folder.glob("state/checkpoint-*"))
 
 
 def test_a_task_that_was_cut_short_is_not_taken_for_learned(tiny_config, monkeypatch) -> None:

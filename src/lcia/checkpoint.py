@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,8 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
     A damaged checkpoint costs time, not correctness: the task then starts again.
 
     Raises:
-        UserError: as `check_processes` does.
+        UserError: another number of processes wrote one.
     """
-    check_processes(state)
     whole: dict[int, Checkpoint] = {}
     needed: set[int] = set()  # the best epochs, to which the task may go back
     damaged = []
@@ -54,6 +53,7 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
         facts = json.loads(mark.read_text(encoding="utf-8"))
         if facts["task"] != task:
             continue
+        _check_processes(mark.parent, facts)
         wrong = _altered(mark.parent, facts)
         if wrong:
             damaged.append(f"{mark.parent}: {', '.join(wrong)} is missing or was altered; the checkpoint is not used")
@@ -67,16 +67,25 @@ def find_checkpoint(state: Path, task: str) -> tuple[Checkpoint | None, list[str
     return whole[max(whole)], []
 
 
-def check_processes(state: Path) -> None:
-    """Raises UserError where another number of processes wrote a checkpoint: the batches behind it would be others."""
+def check_processes(state: Path, learned: Collection[str]) -> None:
+    """Whether as many processes as wrote the checkpoints below `state` can go on, but for those of tasks `learned`.
+
+    Raises:
+        UserError: they are not as many: the batches behind a checkpoint would be others.
+    """
     for mark in state.glob(f"checkpoint-*/{_MARK}"):
         facts = json.loads(mark.read_text(encoding="utf-8"))
-        then, now = facts.get("processes", count()), count()  # marks of older versions do not tell
-        if then != now:
-            raise UserError(
-                f"{mark.parent}: was written by {then} processes, and here are {now}: the rest of {facts['task']!r} "
-                f"would have other batches. Launch {then}, or remove {state}: then the task starts again"
-            )
+        if facts["task"] not in learned:
+            _check_processes(mark.parent, facts)
+
+
+def _check_processes(folder: Path, facts: Mapping[str, Any]) -> None:
+    then, now = facts.get("processes", count()), count()  # marks of older versions do not tell
+    if then != now:
+        raise UserError(
+            f"{folder}: was written by {then} processes, and here are {now}: the rest of {facts['task']!r} would have "
+            f"other batches. Launch {then}, or remove {folder.parent}: then the task starts again"
+        )
 
 
 def checkpoint_at(state: Path, step: int) -> Checkpoint:

@@ -92,10 +92,7 @@ def _freed_memory() -> str:
 
 def _averages() -> str:
     if compiled.library() is None:
-        return (
-            "in torch, one flat buffer for all tensors (with a C compiler, installing lcia again would compile what "
-            "goes through float32 weights on a CPU in a fraction of the time)"
-        )
+        return f"in torch, one flat buffer for all tensors; {compiled.why_not()}"
     return "compiled, for float32 weights on a CPU; else in torch, one flat buffer for all tensors"
 
 

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from lcia.adapters import Pool, stack_members
+from lcia.backbone import products
 from lcia.config import RunConfig
 from lcia.ema import compiled
 from lcia.methods import Placement
@@ -157,6 +158,14 @@ def library_versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: version(name) for name in _LIBRARIES}}
 
 
+def version_if_there(package: str) -> str | None:
+    """The installed one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def circumstances() -> dict[str, Any]:
     """With what a run is computed, and by how many processes, each with a batch of its own."""
     return {"versions": library_versions(), "machine": machine(), "processes": count()}
@@ -167,8 +176,13 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"device": "cuda", "kernels": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
     kernels = f"{torch.backends.cpu.get_cpu_capability()}{', bf16' if torch.cpu._is_avx512_bf16_supported() else ''}"
-    averages = "torch" if compiled.library() is None else "compiled"
-    return {"device": "cpu", "kernels": kernels, "threads": torch.get_num_threads(), "averages": averages}
+    return {
+        "device": "cpu",
+        "kernels": kernels,
+        "float32": "oneDNN" if products.available() else "torch",  # whose products of wide matrices
+        "threads": torch.get_num_threads(),
+        "averages": "torch" if compiled.library() is None else "compiled",
+    }
 
 
 def peak_memory_mib() -> float:

@@ -79,8 +79,8 @@ def resume(path: Path, reporter: Reporter) -> dict[str, Any]:
     with folder.lock():
         config = frozen_config(folder)
         check_sharding(config)
-        for state in (folder.state, RunFolder(folder.init).state):
-            check_processes(state)
+        for part in (folder, RunFolder(folder.init)):
+            check_processes(part.state, [record["stage"] for record in part.records("stage_learned")])
         stream = current_stream(folder, config, reporter)
         stream = replace(stream, notes=(*stream.notes, *not_in_the_run(config, stream)))
         backbone = load_backbone(base_model(folder, config), config.dtype, config.attn_implementation)
@@ -385,15 +385,18 @@ def finish(session: Session, reporter: Reporter) -> dict[str, Any]:
     return results
 
 
+# what lines of older versions do not tell, because there was no other
+_UNTOLD = {"float32": "torch", "averages": "torch"}
+
+
 @on_main  # processes may run on unlike machines, and what follows from this they must do together
 def _drifted(folder: RunFolder) -> list[str]:
     """What changed since the run was last worked on: numbers may differ in their last digits, or batches in size."""
     then, now = folder.records("run_began", "went_on")[-1], circumstances()
     told = []
     for fact, what in (("versions", "library versions"), ("machine", "machine")):
-        changed = [
-            f"{key} {then[fact][key]} → {new}" for key, new in now[fact].items() if then[fact].get(key, new) != new
-        ]
+        known = _UNTOLD | then[fact]
+        changed = [f"{key} {known[key]} → {new}" for key, new in now[fact].items() if known.get(key, new) != new]
         told += [f"another {what} than so far: {', '.join(changed)}"] if changed else []
     before = then.get("processes", now["processes"])  # lines of older versions do not tell
     if before != now["processes"]:

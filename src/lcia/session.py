@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from lcia.grouping import Match
 from lcia.methods import Combined, Placement, build_method
 from lcia.processes import is_sharding
 from lcia.progress import Reporter
-from lcia.results import circumstances, library_versions, machine
+from lcia.results import circumstances, library_versions, machine, version_if_there
 from lcia.run_folder import RunFolder
 from lcia.seeds import stable_seed
 from lcia.stream import Row, Stream, Task, find, load_stream
@@ -83,8 +82,8 @@ class Session:
             "reader": self.backbone.reader.settings(),
             "lora_alpha": self.config.lora_alpha,
             "code": _decoding_code(),
-            "versions": {**library_versions(), "torchvision": _version_if_there("torchvision")},
-            "machine": machine(),
+            "versions": {**library_versions(), "torchvision": version_if_there("torchvision")},
+            "machine": {key: value for key, value in machine().items() if key != "averages"},
             "float32": (self.config.model_extra or {}).get("tf32"),
             "spaces": self.backbone.reader.tokenizer.clean_up_tokenization_spaces,
         }
@@ -172,13 +171,6 @@ def open_session(
         for task, placement in record["placements"].items():
             session.placements[task] = Placement(**placement)
     return session
-
-
-def _version_if_there(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _as_configured(backbone: Backbone, config: RunConfig) -> Backbone:

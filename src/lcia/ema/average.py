@@ -221,7 +221,8 @@ class DynamicEMA:
         gradients, present = self._gradients()
         if self._followed is None and not self.observed:
             self.observe()  # the norm of F_new is wanted before anything moves
-        unseen = self._examples or gradients if self._buffers.squares is not None and not self.observed else None
+        to_see = self._buffers.squares is not None and not self.observed
+        unseen = (self._examples or gradients) if to_see else None
         moment = self._second_moment()
         shown = Shown(weights, gradients, moment[0])
         norms = self._norms(shown, present, unseen, self._weighted(self._correction(moment)))

@@ -1,4 +1,5 @@
-/* The passes of lcia.ema.passes over float32 numbers in a processor's memory; lcia.ema.compiled calls them.
+/* The passes of lcia.ema.passes over float32 numbers in a processor's memory: a plain shared library, which
+   lcia.ema.compiled loads and calls.
 
    All weights are cut into pieces, parts of one tensor each. A function does the pieces [first, last): threads share the
    work without sharing a piece, and what is added up does not depend on how many there are. The arrays of arguments
@@ -10,17 +11,22 @@
 #include <string.h>
 
 /* One version for each generation of processors; which is taken is decided where it runs. */
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && __GNUC__ >= 12
+#if !defined(__x86_64__)
+#define FOR_EACH_PROCESSOR
+#elif !defined(__GLIBC__) || defined(__clang__)
+#error "without a choice of versions this would be slower than torch's passes"
+#elif __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define FOR_EACH_PROCESSOR
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 
-enum { LONGEST = 16384, BLOCK = 4096, LANES = 64 }; /* LONGEST: of a piece, PIECE in compiled.py */
+enum { PIECE = 16384, BLOCK = 4096, LANES = 64 }; /* PIECE: elements of a piece at most, as in compiled.py */
 
 typedef int64_t count;
 
-count longest_piece(void) { return LONGEST; }
+/* SOURCE: the hash of this file, by setup.py. */
+const char *source(void) { return SOURCE; }
 
 /* Sum of |a - b + c|, `b` NULL for 0. A lane adds at most BLOCK / LANES numbers before its sum goes into a double. */
 FOR_EACH_PROCESSOR
@@ -45,16 +51,22 @@ void absolute_sums(count first, count last, count pieces, count reads, const cou
                    float *const *b, const float *c, double *sums, float *const *from, float *const *to) {
     for (count p = first; p < last; p++) {
         for (count k = 0, at = p; k < reads; k++, at += pieces) sums[at] = absolute_sum(a[at], b[at], c[k], size[p]);
-        if (to) memcpy(to[p], from[p], (size_t)size[p] * sizeof(float));
+        if (to && to[p] != from[p]) memcpy(to[p], from[p], (size_t)size[p] * sizeof(float));
     }
+}
+
+/* a + share (b - a): exactly `a` for a share of 0, exactly `b` for 1, as torch.lerp. */
+static inline float between(float a, float b, float share) {
+    float way = b - a;
+    return share < 0.5f ? a + share * way : b - (1 - share) * way;
 }
 
 FOR_EACH_PROCESSOR
 static void move_piece(float *restrict average, const float *restrict weights, float move, count n) {
-    for (count i = 0; i < n; i++) average[i] += move * (weights[i] - average[i]);
+    for (count i = 0; i < n; i++) average[i] = between(average[i], weights[i], move);
 }
 
-/* average += move (weights - average), one number a piece; then, where `to` is given, the weights are copied there. */
+/* average + move (weights - average), one number a piece; then, where `to` is given, the weights are copied there. */
 void move_tensors(count first, count last, const count *size, float *const *average, float *const *weights,
                   const float *move, float *const *to) {
     for (count p = first; p < last; p++) {
@@ -64,12 +76,12 @@ void move_tensors(count first, count last, const count *size, float *const *aver
 }
 
 /* What the running mean of squares becomes that sees a gradient, or a square already. What overflows is the largest
-   number. */
+   number, what is none (0 times an infinite scale) is 0. */
 static inline float with_seen(float square, float seen, float weight, float scale, int squared) {
     float gradient = seen * scale;
     float new = squared ? seen : gradient * gradient;
-    new = new < FLT_MAX ? new : FLT_MAX;
-    return square + weight * (new - square);
+    new = new <= FLT_MAX ? new : new > FLT_MAX ? FLT_MAX : 0;
+    return between(square, new, weight);
 }
 
 FOR_EACH_PROCESSOR
@@ -141,7 +153,7 @@ static void fisher_piece(float *restrict average, const float *restrict weights,
                          count n) {
     for (count i = 0; i < n; i++) {
         move[i] = fisher_move(squares[i], importance[i], correction, exponent);
-        average[i] += move[i] * (weights[i] - average[i]);
+        average[i] = between(average[i], weights[i], move[i]);
     }
 }
 
@@ -155,7 +167,7 @@ static void observed_fisher_piece(float *restrict average, const float *restrict
         float square = with_seen(squares[i], seen[i], seen_weight, scale, squared);
         squares[i] = square;
         move[i] = fisher_move(square, importance[i], correction, exponent);
-        average[i] += move[i] * (weights[i] - average[i]);
+        average[i] = between(average[i], weights[i], move[i]);
     }
 }
 
@@ -164,7 +176,7 @@ static void follow_piece(float *restrict left, const int32_t *restrict element, 
     for (count i = 0; i < n; i++) left[i] *= 1 - move[element[i]];
 }
 
-/* `fisher` (lcia.ema.rules): average += move (weights - average), a number for each element.
+/* `fisher` (lcia.ema.rules): average + move (weights - average), a number for each element.
 
    importance: NULL: 0 everywhere. seen: what `observe` should see first, or NULL. moves: 0 where a piece must not move.
    follow[p] to follow[p + 1]: the elements `element`, counted within the piece, of which `left`, the product of
@@ -173,7 +185,7 @@ void move_by_fisher(count first, count last, const count *size, float *const *av
                     float *const *importance, float *const *squares, float *const *seen, const float *seen_weight,
                     float scale, int squared, const float *correction, float exponent, const float *moves,
                     const count *follow, const int32_t *element, float *left, double *sums) {
-    float move[LONGEST];
+    float move[PIECE];
     for (count p = first; p < last; p++) {
         const float *unseen = seen && seen_weight[p] != 0 ? seen[p] : NULL;
         count n = size[p];

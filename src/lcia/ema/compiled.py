@@ -9,12 +9,14 @@ Shapes: n tensors, P pieces, K reads.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
+from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from lcia.ema.layout import WIDTH, Layout
 from lcia.ema.passes import Buffers, Passes, Seen, Shown
 from lcia.ema.rules import READS, Rule, fisher
 
-PIECE = 1 << 14  # elements, LONGEST in compiled.c: small beside the share of a thread, large beside what a call costs
+PIECE = 1 << 14  # elements, as in compiled.c: small beside the share of a thread, large beside what a call costs
 LEAST = 1 << 17  # elements for which another thread is worth its while
 # |a − b + c| of every read of rules with one β a tensor: a and b are fields of Shown or Buffers
 _DIFFERENCES: dict[str, tuple[str, str | None, float]] = {
@@ -43,18 +45,32 @@ Pointers = NDArray[np.int64]  # (P,) addresses
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where lcia was installed without a C compiler.
+    """The compiled functions; None where there are none that can be used (`why_not`)."""
+    return _found()[0]
 
-    Raises:
-        ImportError: they are of another version of this file.
-    """
-    found = find_spec("lcia.ema._compiled")
-    if found is None or found.origin is None:
-        return None
-    functions = ctypes.CDLL(found.origin)
-    if functions.longest_piece() != PIECE:
-        raise ImportError(f"{found.origin} is not of this version of lcia: install lcia again")
-    return functions
+
+@cache
+def why_not() -> str | None:
+    """Why there is no library; None where there is one."""
+    return _found()[1]
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str | None]:
+    here = Path(__file__).parent
+    places = [here / f"_compiled{suffix}" for suffix in EXTENSION_SUFFIXES]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        return None, "lcia was installed without gcc"
+    try:
+        functions = ctypes.CDLL(str(file))
+        functions.source.restype = ctypes.c_char_p
+        source = functions.source().decode()
+    except (OSError, AttributeError) as error:
+        return None, f"{file} cannot be loaded: {error}"
+    if source != hashlib.sha256((here / "compiled.c").read_bytes()).hexdigest():
+        return None, f"{file} was compiled of another compiled.c: install lcia again"
+    return functions, None
 
 
 def passes_for(
@@ -200,7 +216,11 @@ class CompiledPasses(Passes):
         return [torch.segment_reduce(row, "sum", lengths=self._counts, unsafe=True) for row in torch.from_numpy(sums)]
 
     def _run(self, name: str, *arguments: Any) -> None:
-        """Call a function of the library: each thread does some of the pieces."""
+        """Call a function of the library: each thread does some of the pieces.
+
+        The arguments are those of the C function behind `last`: arrays with a number or an address for each piece.
+        What they point to lives at least until here: in the buffers, the model, or `_used`.
+        """
         function: Callable[..., None] = getattr(library(), name)
         given: list[Any] = [
             argument.ctypes.data_as(ctypes.c_void_p) if isinstance(argument, np.ndarray) else argument
