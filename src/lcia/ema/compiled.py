@@ -80,8 +80,11 @@ def passes_for(
     kinds = {tensor.dtype for tensor in [*weights, *buffers.kept().values()]}
     norms = {name for name in rule.reads if name in READS}
     made_for_rule = rule.move is fisher if followed is not None else norms <= set(_DIFFERENCES)
-    if made_for_rule and layout.device.type == "cpu" and kinds == {torch.float32} and library() is not None:
-        return CompiledPasses(layout, rule, buffers, followed)
+    if made_for_rule and kinds == {torch.float32} and library() is not None:
+        if layout.device.type == "cpu":
+            return CompiledPasses(layout, rule, buffers, followed)
+        if layout.device.type == "meta" and not weights[0].is_cuda:  # lcia.planning says where it would be
+            return RehearsedPasses(layout)
     return Passes(layout, rule, buffers, followed)
 
 
@@ -240,6 +243,39 @@ class CompiledPasses(Passes):
         ends = np.searchsorted(np.cumsum(self._size), [total * (i + 1) // threads for i in range(threads - 1)])
         bounds = [0, *ends.tolist(), len(self._size)]
         return list(pairwise(bounds))
+
+
+class RehearsedPasses(Passes):
+    """What stands for `CompiledPasses` where there are no numbers: it holds as little, and finds zeros."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._nothing = torch.zeros(len(layout.sizes), dtype=torch.float64, device=layout.device)  # (n,)
+
+    def sums(
+        self,
+        shown: Shown,
+        norms: Sequence[str],
+        checks: Mapping[str, Sequence[Tensor]],
+        correction: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        return dict.fromkeys([*norms, *checks], self._nothing)
+
+    def observe(self, seen: Seen) -> None:
+        pass
+
+    def move_tensors(self, shown: Shown, move: Tensor) -> None:
+        pass
+
+    def move_elements(
+        self,
+        shown: Shown,
+        seen: Seen | None,
+        moves: Tensor,
+        known: Tensor,
+        correction: Tensor | None,
+        numbers: Mapping[str, float],
+    ) -> tuple[Tensor, Tensor]:
+        return self._nothing, self._nothing
 
 
 def _as_it_should(tensor: Tensor) -> bool:
