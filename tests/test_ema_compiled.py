@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lcia.ema import RULES, DynamicEMA, compiled
-from lcia.ema.compiled import PIECE, CompiledPasses
+from lcia.ema.compiled import PIECE, CompiledPasses, RehearsedPasses
 from lcia.ema.passes import Passes
+from lcia.planning.zeros import floats_are_zero
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="lcia was installed without a C compiler")
 
@@ -212,6 +213,17 @@ def test_it_is_for_float32_on_a_processor_and_rules_it_knows() -> None:
     assert kind(rule="eq12") is Passes
     assert kind(rule="fisher", total_steps=3) is CompiledPasses
     assert kind(rule="fisher", total_steps=3, per="tensor") is Passes
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", RehearsedPasses), ("cuda", Passes)])
+def test_a_plan_counts_the_passes_of_its_device(device: str, kind: type) -> None:
+    with floats_are_zero(device):
+        weight = nn.Parameter(torch.zeros(3, 5, device="meta"))
+        ema = DynamicEMA({"w": weight}, "fisher", total_steps=3)
+        assert type(ema._passes) is kind
+        weight.grad = torch.zeros(3, 5, device="meta")
+        ema.step()
+        assert ema.steps == 1
 
 
 def test_a_fork_has_threads_of_its_own() -> None:
