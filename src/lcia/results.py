@@ -179,7 +179,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": "cpu",
         "kernels": kernels,
-        "float32": "oneDNN" if products.available() else "torch",  # whose products of wide matrices
+        "float32": products.library(),
         "threads": torch.get_num_threads(),
         "averages": "torch" if compiled.library() is None else "compiled",
     }

@@ -63,8 +63,7 @@ class VisionMemo:
         settings["attention"] = config._attn_implementation  # its kinds differ in the last bits
         described = json.dumps(settings, sort_keys=True, default=str)
         code = file_sha256(Path(inspect.getfile(type(self.tower))))
-        float32 = "oneDNN" if products.available() else "torch"
-        on_cpu = f"{torch.backends.cpu.get_cpu_capability()}, {float32}, {torch.get_num_threads()} threads"
+        on_cpu = f"{torch.backends.cpu.get_cpu_capability()}, {products.library()}, {torch.get_num_threads()} threads"
         kernels = torch.cuda.get_device_name() if self.tower.device.type == "cuda" else on_cpu
         digest = hashlib.sha256(
             f"{type(self.tower).__name__} {code} {described} torch {torch.__version__} {kernels}".encode()

@@ -43,13 +43,11 @@ _DIFFERENCES: dict[str, tuple[str, str | None, float]] = {
 Pointers = NDArray[np.int64]  # (P,) addresses
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where there are none that can be used (`why_not`)."""
     return _found()[0]
 
 
-@cache
 def why_not() -> str | None:
     """Why there is no library; None where there is one."""
     return _found()[1]
